@@ -1,0 +1,195 @@
+"""Intervals and tests: every number with its n, its interval and the convention behind it.
+
+* A share (0/1 per trace) has the Wilson interval (`scipy.stats.binomtest`).
+* A mean has the percentile bootstrap over traces (`scipy.stats.bootstrap`); where a trace gives several rows,
+  the rows are averaged within the trace first, so that the trace, not the row, is resampled.
+* A difference or a ratio between minds is paired: both are read on the same resampled traces.
+
+All intervals are 95 % unless said otherwise and cover the choice of traces, not training seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+CONFIDENCE = 0.95
+N_RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A number with its interval, the count of traces behind it and how the interval was made."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    method: str
+
+
+def derive_seed(seed: int, *labels: object) -> int:
+    """A seed that depends on the run's seed and on any labels, the same in every process."""
+    key = ":".join(str(x) for x in (seed, *labels)).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "little")
+
+
+def proportion(hits: ArrayLike) -> Estimate:
+    """Share of true values with its Wilson interval; NaN values are left out and do not count towards n.
+
+    Raises:
+        ValueError: a value that is neither 0 nor 1 (a fraction would be cut to a whole number of hits).
+    """
+    from scipy.stats import binomtest
+
+    values = np.asarray(hits, dtype=float)
+    values = values[~np.isnan(values)]
+    n = len(values)
+    if not n:
+        return Estimate(np.nan, np.nan, np.nan, 0, "wilson")
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError("a share is of values that are 0 or 1; take the mean of other values")
+    k = int(values.sum())
+    ci = binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(k / n, float(ci.low), float(ci.high), n, "wilson")
+
+
+def mean(values: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Mean over traces with its bootstrap interval; NaN values are left out and do not count towards n."""
+    x = np.asarray(values, dtype=float)
+    return statistic([x[~np.isnan(x)]], lambda a, axis: np.mean(a, axis=axis), seed=seed)
+
+
+def difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Mean of the paired differences `a - b` over traces; a pair with a NaN is left out.
+
+    Raises:
+        ValueError: the two are not of one length, so they are not pairs.
+    """
+    x, y = _paired(a, b)
+    return mean(x - y, seed=seed)
+
+
+def ratio(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Mean of `a` over mean of `b`, both read on the same resampled traces.
+
+    The caller decides whether the denominator is safely away from zero; this does not.
+
+    Raises:
+        ValueError: the two are not of one length, so they are not pairs.
+    """
+    x, y = _paired(a, b)
+    keep = ~(np.isnan(x) | np.isnan(y))
+    return statistic([x[keep], y[keep]], lambda p, q, axis: np.mean(p, axis=axis) / np.mean(q, axis=axis), seed=seed)
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both as vectors of one length; NumPy would stretch a single value over all traces without a word."""
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if x.shape != y.shape:
+        raise ValueError(f"pairs are wanted, not {x.shape} against {y.shape} values")
+    return x, y
+
+
+def statistic(samples: Sequence[NDArray[np.float64]], compute: Callable[..., Any], *, seed: int = 0) -> Estimate:
+    """Any statistic of paired per-trace samples with its percentile bootstrap interval.
+
+    Args:
+        samples: arrays `[trace]` of equal length.
+        compute: vectorised statistic, called as `compute(*samples, axis=...)`.
+        seed: seed of the resampling.
+    """
+    from scipy.stats import bootstrap
+
+    n = len(samples[0])
+    if not n:
+        return Estimate(np.nan, np.nan, np.nan, 0, "bootstrap")
+    value = float(compute(*samples, axis=-1))
+    if n == 1 or all(np.ptp(s) == 0 for s in samples):
+        # A constant sample resamples to itself; one trace says nothing of its spread.
+        spread = value if n > 1 else np.nan
+        return Estimate(value, spread, spread, n, "bootstrap")
+    with np.errstate(all="ignore"):
+        ci = bootstrap(
+            tuple(samples),
+            compute,
+            n_resamples=N_RESAMPLES,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            confidence_level=CONFIDENCE,
+            rng=np.random.default_rng(derive_seed(seed, "bootstrap")),
+        ).confidence_interval
+    return Estimate(value, float(ci.low), float(ci.high), n, "bootstrap")
+
+
+def estimate(
+    rows: pd.DataFrame,
+    *,
+    by: Sequence[str],
+    value: str,
+    over: str = "trace",
+    kind: str = "auto",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """A tidy summary: one row per group with `value, ci_low, ci_high, n`.
+
+    Rows of the same `over` (trace) within a group are averaged first, so the trace is what is resampled.
+
+    Args:
+        rows: raw rows with the columns of `by`, the column `value` and, usually, the column `over`.
+        by: columns that make a group; groups keep their order of appearance.
+        value: the column to summarise; NaN and None are left out and do not count towards n.
+        over: the unit that is resampled.
+        kind: `"share"` (Wilson; bootstrap for a group in which a trace's rows average to a fraction), `"mean"`
+            (bootstrap), or `"auto"`: a share where every value is 0 or 1.
+        seed: seed of the resampling.
+
+    Raises:
+        ValueError: an unknown kind, or a share of values outside 0…1.
+    """
+    if kind not in ("auto", "mean", "share"):
+        raise ValueError(f"kind {kind!r}: not one of auto, mean, share")
+    frame = rows.copy()
+    frame[value] = pd.to_numeric(frame[value]).astype(float)
+    keys = list(by)
+    if over in frame.columns:
+        units = list(dict.fromkeys([*keys, over]))
+        frame = frame.groupby(units, sort=False, dropna=False)[value].mean().reset_index()
+    share = kind == "share" or (kind == "auto" and frame[value].dropna().isin([0.0, 1.0]).all())
+    if kind == "share" and not frame[value].dropna().between(0, 1).all():
+        raise ValueError(f"column {value!r}: a share is of values between 0 and 1")
+    groups: Iterable = frame.groupby(keys, sort=False, dropna=False) if keys else [((), frame)]
+    out = []
+    for key, group in groups:
+        whole = share and group[value].dropna().isin([0.0, 1.0]).all()
+        found = proportion(group[value]) if whole else mean(group[value], seed=seed)
+        out.append([*(key if isinstance(key, tuple) else (key,)), *found])
+    return pd.DataFrame(out, columns=[*keys, "value", "ci_low", "ci_high", "n", "method"])
+
+
+def matrix_intervals(values: NDArray[np.float64], *, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bootstrap intervals over traces for many means at once.
+
+    The same resampled traces serve every column, so intervals of a ledger's entries belong together.
+
+    Args:
+        values: `[trace, column]` without NaN.
+
+    Returns:
+        `(ci_low, ci_high)`, each `[column]`; NaN where there is a single trace.
+    """
+    n = len(values)
+    if n < 2:
+        nan = np.full(values.shape[1], np.nan)
+        return nan, nan
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap"))
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
+    draws = counts @ values / n
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    return low, high
