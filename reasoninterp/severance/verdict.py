@@ -1,0 +1,239 @@
+"""The verdict: one word, two sentences a colleague can quote, and what each rests on.
+
+Decided by the follow rate of the whole-chain swap (bounded, so that the scale of logits, which tuning inflates, does
+not enter), for the tuned mind against the base, paired over traces:
+
+1. *not interpretable here*: the base is at floor, or does not follow its own steps (lower end of its follow rate under
+   `MIN_BASE_FOLLOW`), or there are fewer than `MIN_TRACES` swaps.  A path that is not there cannot be cut.
+2. *no damage found*: the loss of follow rate lies inside ±`MARGIN` (both ends of its interval): an equivalence claim.
+3. *severed*: the tuned mind keeps less than `SEVERED_KEEPS` of the base's follow rate (upper end).
+4. *weakened*: it lost more than 0 and the interval reaches beyond the margin, but it keeps more than that.
+5. *undecided*: anything else; more traces would tell.
+
+E is reported beside it: a margin can shrink while the answer still follows.  Whether a severed path survives underneath
+(*overridden*) needs the rival removed from the question; this version does not test that and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reasoninterp.stats import Estimate, difference, ratio
+
+MARGIN = 0.10
+SEVERED_KEEPS = 0.25
+MIN_BASE_FOLLOW = 0.50
+MIN_TRACES = 20
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One claim with its number and what would have reversed it."""
+
+    claim: str
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    would_reverse: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word, two sentences, caveats and the evidence."""
+
+    word: str
+    sentences: tuple[str, str]
+    caveats: tuple[str, ...] = ()
+    evidence: tuple[Evidence, ...] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Tables:
+    """The tables a verdict reads, with the few look-ups it needs."""
+
+    def __init__(self, tables: dict[str, pd.DataFrame], base: str, tuned: str, seed: int = 0) -> None:
+        self.tables, self.base, self.tuned, self.seed = tables, base, tuned, seed
+
+    def behaviour(self, mind: str, test: str) -> Estimate:
+        """A number of the behaviour table; n = 0 where it is not there."""
+        table = self.tables.get("behaviour", pd.DataFrame())
+        row = table[(table["mind"] == mind) & (table["test"] == test)] if len(table) else table
+        if not len(row):
+            return Estimate(np.nan, np.nan, np.nan, 0, "")
+        r = row.iloc[0]
+        return Estimate(float(r["value"]), float(r["ci_low"]), float(r["ci_high"]), int(r["n"]), str(r["method"]))
+
+    def effect(self, mind: str, measure: str = "E") -> Estimate:
+        """A number of the effect table; n = 0 where it is not there."""
+        table = self.tables.get("effect", pd.DataFrame())
+        row = table[(table["mind"] == mind) & (table["measure"] == measure)] if len(table) else table
+        if not len(row):
+            return Estimate(np.nan, np.nan, np.nan, 0, "")
+        r = row.iloc[0]
+        return Estimate(float(r["value"]), float(r["ci_low"]), float(r["ci_high"]), int(r["n"]), str(r["method"]))
+
+    def follows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Follow (0/1) per trace for base and tuned, paired."""
+        rows = self.tables["readings"]
+        swap = rows[rows["test"] == "swap"].assign(follows=lambda d: pd.to_numeric(d["follows"]))
+        wide = swap.pivot(index="trace", columns="mind", values="follows").dropna()
+        if not len(wide):
+            return np.array([]), np.array([])
+        return wide[self.base].to_numpy(dtype=float), wide[self.tuned].to_numpy(dtype=float)
+
+
+def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = "tuned", seed: int = 0) -> Verdict:
+    """The verdict from the tables `behaviour`, `gate`, `readings`, `effect` and, if there, `ledger*` and `grafts`."""
+    t = Tables(tables, base, tuned, seed)
+    gate = {row["mind"]: row for row in tables["gate"].to_dict("records")}
+    follow_base, follow_tuned = t.behaviour(base, "swap_follow"), t.behaviour(tuned, "swap_follow")
+    problem = _not_interpretable(t, gate[base], follow_base)
+    if problem:
+        return Verdict("not interpretable here", problem, _caveats(t, gate), _evidence(t, None))
+    a, b = t.follows()
+    loss = difference(a, b, seed=seed)
+    kept = ratio(b, a, seed=seed)
+    if loss.ci_low > -MARGIN and loss.ci_high < MARGIN:
+        word = "no damage found"
+    elif kept.ci_high < SEVERED_KEEPS:
+        word = "severed"
+    elif loss.ci_low > 0:
+        word = "weakened"
+    else:
+        word = "undecided"
+    sentences = (_first_sentence(t, word, follow_base, follow_tuned), _second_sentence(t, word, loss))
+    return Verdict(word, sentences, _caveats(t, gate), _evidence(t, loss))
+
+
+def _not_interpretable(t: Tables, gate: dict[str, Any], follow: Estimate) -> tuple[str, str] | None:
+    if gate["label"] == "at floor":
+        return (
+            f"Not interpretable here: {t.base} is at floor on these traces ({gate['reason']}; n = {gate['n']}).",
+            "A path from steps to answer that the base does not have cannot be cut; choose traces that the base solves.",
+        )
+    if follow.n < MIN_TRACES:
+        return (
+            f"Not interpretable here: only {follow.n} whole-chain swaps could be made, fewer than {MIN_TRACES}.",
+            "Give more traces, or traces whose chains can be swapped or corrupted (see the refusals by reason).",
+        )
+    if not follow.ci_low >= MIN_BASE_FOLLOW:
+        return (
+            f"Not interpretable here: {t.base} follows another problem's chain in only {share(follow)} of "
+            f"{follow.n} traces, so its own steps do not drive its answer.",
+            "A path from steps to answer that the base does not have cannot be cut by tuning.",
+        )
+    return None
+
+
+def _first_sentence(t: Tables, word: str, base: Estimate, tuned: Estimate) -> str:
+    accuracy = t.behaviour(t.base, "accuracy_own_chain"), t.behaviour(t.tuned, "accuracy_own_chain")
+    opening = {
+        "severed": "Fine-tuning cut the steps off from the answer",
+        "weakened": "Fine-tuning weakened the path from the steps to the answer",
+        "no damage found": "No damage found: the answer follows the steps after fine-tuning as before",
+        "undecided": "Undecided: these traces do not tell whether fine-tuning damaged the path from steps to answer",
+    }[word]
+    return (
+        f"{opening}: with another problem's chain under the question, {t.base} follows that chain in {share(base)} of "
+        f"{base.n} traces and {t.tuned} in {share(tuned)}, while accuracy with their own chains went from "
+        f"{share(accuracy[0])} to {share(accuracy[1])}."
+    )
+
+
+def _second_sentence(t: Tables, word: str, loss: Estimate) -> str:
+    e = t.effect(t.base), t.effect(t.tuned)
+    effects = f"the effect of the chain on the answer, E, went from {number(e[0])} to {number(e[1])} nats"
+    if word == "no damage found":
+        return f"The loss of follow rate is {points(loss)}, inside the stated margin of ±{100 * MARGIN:.0f} points; {effects}."
+    ledger, grafts = t.tables.get("ledger"), t.tables.get("grafts")
+    if ledger is None or grafts is None or not len(ledger) or not len(grafts):
+        return f"The loss of follow rate is {points(loss)}; {effects}."
+    blocks = ledger[ledger["level"] == "block"].sort_values("attribution")
+    first = blocks.iloc[0]
+    entry = Estimate(first["attribution"], first["ci_low"], first["ci_high"], int(first["n"]), "")
+    text = f"{effects[0].upper()}{effects[1:]}; the ledger's largest loss is {first['unit']} ({number(entry)} nats)"
+    row = grafts[grafts["unit"] == first["unit"]]
+    if len(row) and np.isfinite(row.iloc[0]["restore"]):
+        g = row.iloc[0]
+        back = Estimate(g["restore"], g["restore_ci_low"], g["restore_ci_high"], int(g["n"]), "")
+        cut = Estimate(g["cut"], g["cut_ci_low"], g["cut_ci_high"], int(g["n"]), "")
+        text += (
+            f": giving that Unit its base weights back returns {share(back)} of the loss, and its tuned weights alone "
+            f"take away {share(cut)}"
+        )
+        text += _together(t)
+    return text + "."
+
+
+def _together(t: Tables) -> str:
+    """How many leading Units together return at least half of the loss, where sets were grafted."""
+    sets = t.tables.get("graft_sets")
+    if sets is None or not len(sets) or sets["restore"].isna().all():
+        return ""
+    enough = sets[sets["restore"] >= 0.5]
+    g = (enough if len(enough) else sets.sort_values("size")).iloc[0 if len(enough) else -1]
+    back = Estimate(g["restore"], g["restore_ci_low"], g["restore_ci_high"], int(g["n"]), "")
+    return f"; {g['units'].replace('+', ', ')} together return {share(back)}" if g["size"] > 1 else ""
+
+
+def _caveats(t: Tables, gate: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    out = [
+        "Intervals are 95 % and cover the choice of traces, not training seeds.",
+        "Whether a lost path survives underneath a rival (overridden) was not tested: the rival was not removed.",
+    ]
+    for mind in (t.base, t.tuned):
+        if gate[mind]["label"] != "interpretable":
+            out.append(
+                f"{mind} is '{gate[mind]['label']}' ({gate[mind]['reason']}): its truncation, filler and area scores do "
+                "not say whether it uses its steps."
+            )
+    total = t.tables.get("ledger_total")
+    if total is not None and len(total) and total.iloc[0]["warning"]:
+        out.append(f"Ledger: {total.iloc[0]['warning']}.")
+    e = t.effect(t.base), t.effect(t.tuned)
+    if e[0].n and e[0].value > 0 and e[1].ci_high < 0.5 * e[0].value:
+        out.append(
+            f"The margin E fell to {e[1].value / e[0].value:.0%} of the base's, whatever the answer still follows."
+        )
+    return tuple(out)
+
+
+def _evidence(t: Tables, loss: Estimate | None) -> tuple[Evidence, ...]:
+    rows = [
+        (
+            "follow rate of the swap, base",
+            t.behaviour(t.base, "swap_follow"),
+            f"a lower end under {MIN_BASE_FOLLOW:.0%}",
+        ),
+        ("follow rate of the swap, tuned", t.behaviour(t.tuned, "swap_follow"), "a rate like the base's"),
+        ("accuracy with its own chain, base", t.behaviour(t.base, "accuracy_own_chain"), "a lower end at chance"),
+        ("accuracy with its own chain, tuned", t.behaviour(t.tuned, "accuracy_own_chain"), "does not decide the word"),
+        ("E, base (nats)", t.effect(t.base), "does not decide the word"),
+        ("E, tuned (nats)", t.effect(t.tuned), "does not decide the word"),
+    ]
+    if loss is not None:
+        rows.insert(2, ("loss of follow rate, paired", loss, f"an interval across ±{100 * MARGIN:.0f} points"))
+    return tuple(Evidence(c, e.value, e.ci_low, e.ci_high, e.n, w) for c, e, w in rows if e.n)
+
+
+def share(e: Estimate) -> str:
+    """`98 % [95, 99]`."""
+    return f"{100 * e.value:.0f} % [{100 * e.ci_low:.0f}, {100 * e.ci_high:.0f}]"
+
+
+def points(e: Estimate) -> str:
+    """`1.2 points [−0.4, 2.7]`."""
+    return f"{100 * e.value:.1f} points [{100 * e.ci_low:.1f}, {100 * e.ci_high:.1f}]".replace("-", "−")
+
+
+def number(e: Estimate) -> str:
+    """`−13.1 [−13.6, −12.5]`."""
+    return f"{e.value:.1f} [{e.ci_low:.1f}, {e.ci_high:.1f}]".replace("-", "−")
