@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from reasoninterp.errors import UserError
 from reasoninterp.models.body import Body
@@ -379,7 +380,7 @@ class ContextSpec:
     trust_remote_code: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, run: Run | None = None, minds: Minds | None = None) -> Context:
+    def load(self, run: Run | None = None, minds: Minds | None = None, *, progress: bool = False) -> Context:
         """Read the traces, make the contrasts, load the minds, check that they read the same ids.
 
         Raises:
@@ -405,7 +406,10 @@ class ContextSpec:
         found = with_prompt(found, self.prompt, tokenizer, shots=self.shots)
         found = found.head(self.limit)
         check_ids(minds, found.traces)
-        main = make_contrasts(found, kind=contrast_kind(self.contrast), tokenizer=tokenizer, seed=self.seed)
+        bar = partial(tqdm, desc="contrasts", unit="trace", disable=not progress, delay=2)
+        main = make_contrasts(
+            found, kind=contrast_kind(self.contrast), tokenizer=tokenizer, seed=self.seed, progress=bar
+        )
         swaps = make_contrasts(found, kind="swap", tokenizer=tokenizer, seed=self.seed)
         kind = self.contrast
         if not len(main) and len(swaps):  # chains without calculations (proofs, options): a whole other chain is left

@@ -1,0 +1,91 @@
+"""The verdict from tables written by hand: every word, and what reverses it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reasoninterp.severance.effects import is_safe
+from reasoninterp.severance.verdict import decide
+from reasoninterp.stats import proportion
+
+
+def tables(
+    base: float, tuned: float, *, n: int = 200, label: str = "interpretable", e: tuple[float, float] = (15.0, 1.0)
+) -> dict[str, pd.DataFrame]:
+    """Follow rates `base` and `tuned` on n traces, nested (who follows when tuned followed before)."""
+    rows, behaviour, effect = [], [], []
+    for mind, rate, size in (("base", base, e[0]), ("tuned", tuned, e[1])):
+        hits = [float(k < round(rate * n)) for k in range(n)]
+        rows += [{"mind": mind, "trace": f"t{k}", "test": "swap", "follows": h} for k, h in enumerate(hits)]
+        for test, share in (("swap_follow", hits), ("accuracy_own_chain", [1.0] * (n - 10) + [0.0] * 10)):
+            behaviour.append({"mind": mind, "test": test, **proportion(share)._asdict()})
+        effect.append(
+            {
+                "mind": mind,
+                "measure": "E",
+                "value": size,
+                "ci_low": size - 0.3,
+                "ci_high": size + 0.3,
+                "n": n,
+                "method": "bootstrap",
+            }
+        )
+    gate = [
+        {"mind": m, "label": label if m == "base" else "interpretable", "reason": "because", "n": n}
+        for m in ("base", "tuned")
+    ]
+    return {
+        name: pd.DataFrame(t)
+        for name, t in (("readings", rows), ("behaviour", behaviour), ("effect", effect), ("gate", gate))
+    }
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "n", "word"),
+    [
+        (0.99, 0.02, 200, "severed"),
+        (0.99, 0.50, 200, "weakened"),
+        (0.99, 0.98, 200, "no damage found"),
+        (0.99, 1.00, 200, "no damage found"),
+        (0.99, 0.99, 30, "no damage found"),
+        (0.95, 0.90, 20, "undecided"),
+        (0.30, 0.02, 200, "not interpretable here"),
+        (0.99, 0.02, 10, "not interpretable here"),
+    ],
+)
+def test_words(base: float, tuned: float, n: int, word: str) -> None:
+    verdict = decide(tables(base, tuned, n=n))
+    assert verdict.word == word
+    assert len(verdict.sentences) == 2
+    if word not in ("not interpretable here",):
+        assert f"{100 * round(tuned * n) / n:.0f} % [" in verdict.sentences[0]
+
+
+def test_a_base_at_floor_is_not_interpretable_whatever_the_follow_rates() -> None:
+    verdict = decide(tables(0.99, 0.02, label="at floor"))
+    assert verdict.word == "not interpretable here"
+    assert "at floor" in verdict.sentences[0]
+
+
+def test_every_claim_says_what_would_reverse_it_and_that_intervals_cover_traces() -> None:
+    verdict = decide(tables(0.99, 0.02))
+    assert len(verdict.evidence) >= 6
+    assert all(e.would_reverse and e.n > 0 and e.ci_low <= e.value <= e.ci_high for e in verdict.evidence)
+    assert any("not training seeds" in c for c in verdict.caveats)
+    assert any("overridden" in c for c in verdict.caveats)
+
+
+def test_a_shrunken_margin_is_told_though_the_answer_still_follows() -> None:
+    verdict = decide(tables(0.99, 0.99, e=(15.0, 3.0)))
+    assert verdict.word == "no damage found"
+    assert any("margin E fell to 20%" in c for c in verdict.caveats)
+
+
+def test_a_loss_may_stand_in_a_denominator_only_where_it_is_away_from_zero() -> None:
+    rng = np.random.default_rng(0)
+    base = 15 + rng.normal(size=100)
+    assert is_safe(base, base - 14)
+    assert not is_safe(base, base + rng.normal(size=100))
+    assert not is_safe(base, base - 0.5)  # certain, but small
