@@ -64,6 +64,12 @@ def source_file(cls: type) -> Path | None:
     return path if path.is_file() else None
 
 
+def own_source_hash(cls: type) -> str | None:
+    """Hash of the source file that defines a study, whatever its `version`; None for one that is in no file."""
+    home = source_file(cls)
+    return hashlib.sha256(home.read_bytes()).hexdigest() if home else None
+
+
 def code_hash(cls: type, version: str = "") -> str:
     """Hash of the source file that defines a study (and any study it extends) and of the package's own sources.
 

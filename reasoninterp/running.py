@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 import time
 from collections import Counter
@@ -21,7 +22,7 @@ from typing import Any
 import pandas as pd
 
 from reasoninterp.executors import Executor, SerialExecutor
-from reasoninterp.keys import shard_key
+from reasoninterp.keys import own_source_hash, shard_key
 from reasoninterp.runs import Run, Shard
 from reasoninterp.stats import derive_seed
 from reasoninterp.study import Batch, Cell, Row, Study
@@ -62,7 +63,8 @@ def run_study(
         The rows, the tables and how many cells were measured and reused.
     """
     began = time.perf_counter()
-    shard = run.shard(study.name, shard_key(study, context, run))
+    key = shard_key(study, context, run)
+    shard = run.shard(study.name, key)
     done = shard.read()
     work = executor or SerialExecutor()
     if callable(getattr(study, "search", None)):
@@ -77,7 +79,22 @@ def run_study(
             for batch, rows, seconds in work.run(_batches(todo, context.batch_size(study)), study, context):
                 done.update(shard.append(_by_cell(study, batch, rows), seconds))
                 bar.update(len(batch))
-    frame = pd.DataFrame([row for key in order for row in done[key]])
+    of = {"key": key, "cells": _digest(order), "source": own_source_hash(type(study)), "figures": figures}
+    stands = None if measured else _standing(study, run, of)
+    if stands:
+        frame, tables = stands
+    else:
+        frame = pd.DataFrame([row for key in order for row in done[key]])
+        tables = _conclude(study, context, run, frame, figures)
+        files = {name: run.file_digest("tables", f"{name}.parquet") for name in [*tables, f"{study.name}.rows"]}
+        run.record(studies={study.name: {"of": of, "files": files}})
+    seconds = time.perf_counter() - began
+    run.record(timings={study.name: {"seconds": round(seconds, 2), "cells": len(order), "reused": reused}})
+    return Result(study, frame, tables, seconds, measured, reused)
+
+
+def _conclude(study: Study, context: Any, run: Run, frame: pd.DataFrame, figures: bool) -> dict[str, pd.DataFrame]:
+    """Summarise all rows, draw, and write rows, tables and figures."""
     if len(frame):
         run.save_table(f"{study.name}.rows", frame)
     else:
@@ -92,9 +109,24 @@ def run_study(
             figure.clear()
             if pyplot := sys.modules.get("matplotlib.pyplot"):
                 pyplot.close(figure)
-    seconds = time.perf_counter() - began
-    run.record(timings={study.name: {"seconds": round(seconds, 2), "cells": len(order), "reused": reused}})
-    return Result(study, frame, tables, seconds, measured, reused)
+    return tables
+
+
+def _standing(study: Study, run: Run, of: Mapping[str, Any]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]] | None:
+    """Rows and tables as they stand in the run, if they are of the same cells and code and nobody touched them."""
+    before = run.manifest.get("studies", {}).get(study.name, {})
+    files = before.get("files", {})
+    if before.get("of") != of or of["source"] is None:
+        return None
+    if any(run.file_digest("tables", f"{name}.parquet") != digest for name, digest in files.items()):
+        return None
+    rows = f"{study.name}.rows"
+    frame = run.table(rows) if files.get(rows) else pd.DataFrame()
+    return frame, {name: run.table(name) for name in files if name != rows}
+
+
+def _digest(order: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(order).encode()).hexdigest()
 
 
 def _search(
@@ -102,11 +134,19 @@ def _search(
 ) -> tuple[list[str], int]:
     """Drive a sequential search over memoised evaluations; returns the cells in the order they were asked for."""
     order: dict[str, None] = {}
+    asked_before: dict[str, tuple[Hashable, dict[str, Any]]] = {}
     measured = 0
     with _progress(study.name, None, 0, quiet) as bar:
 
         def evaluate(*cells: Cell) -> list[list[Row]]:
             nonlocal measured
+            for cell in cells:
+                about = (cell.group, dict(cell.labels))
+                if asked_before.setdefault(cell.key, about) != about:
+                    raise ValueError(
+                        f"study {study.name!r}: the key {cell.key!r} was used for another cell; put in the key "
+                        "whatever tells cells apart"
+                    )
             asked = _seeded(study, context, cells)
             todo = [c for c in asked if c.key not in done]
             for batch, rows, seconds in work.run(_batches(todo, context.batch_size(study)), study, context):

@@ -152,6 +152,11 @@ class Run:
         """Remove `tables/NAME.parquet`, if it is there."""
         (self.path / "tables" / f"{name}.parquet").unlink(missing_ok=True)
 
+    def file_digest(self, *parts: str) -> str | None:
+        """Hash of a file of the run; None where there is none."""
+        target = self.path.joinpath(*parts)
+        return hashlib.sha256(target.read_bytes()).hexdigest() if target.exists() else None
+
     def table_digest(self, study: str) -> str:
         """Hash of the table of a study's name and of its rows, as they stand; of nothing where there are none."""
         digest = hashlib.sha256()

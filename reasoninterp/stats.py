@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from reasoninterp.errors import UserError
+
 CONFIDENCE = 0.95
 N_RESAMPLES = 2000
 
@@ -154,6 +156,10 @@ def estimate(
     """
     if kind not in ("auto", "mean", "share"):
         raise ValueError(f"kind {kind!r}: not one of auto, mean, share")
+    missing = [name for name in (*by, value) if name not in rows.columns]
+    if missing:
+        have = ", ".join(map(str, rows.columns)) or "none: there are no rows"
+        raise UserError(f"estimate: no column {missing[0]!r} in the rows; the columns are {have}.")
     frame = rows.copy()
     frame[value] = pd.to_numeric(frame[value]).astype(float)
     keys = list(by)

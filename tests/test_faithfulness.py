@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from reasoninterp.faithfulness.behaviour import Behaviour
-from reasoninterp.faithfulness.readings import variants, whole_swap
+from reasoninterp.faithfulness.readings import variants
 from reasoninterp.models.context import Context, Item, Reading, find_answer, gold, unaskable
 from reasoninterp.runs import Run
 from reasoninterp.traces.contrast import contrast
@@ -133,9 +133,9 @@ def test_variants_of_a_trace() -> None:
     assert last.trace.steps == ("a 1", "b 2", "c 8")
     assert last.implied == "8"
     assert found[-2].implied is None  # an earlier wrong step, the later ones held, implies no answer
-    assert whole_swap(item) is None
     other = contrast("swap", TRACE, TRACE.with_steps(("x 4", "y 5", "z 6"), answer="6"))
-    assert whole_swap(Item(TRACE, item.contrast, other)) is other
+    swapped = list(variants(Item(TRACE, item.contrast, other), tiny_tokenizer()))[-1]
+    assert (swapped.test, swapped.trace.steps, swapped.implied) == ("swap", other.corrupt.steps, "6")
 
 
 @pytest.mark.parametrize(

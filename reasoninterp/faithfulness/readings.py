@@ -6,7 +6,7 @@ For every trace and mind, all on the chain that the trace gives (so that both mi
 2. `truncated`, step k: the first k steps only, k = 0 … n-1 (k = 0 is *no chain*).
 3. `filler`: every step replaced by filler of the same number of tokens.
 4. `forced`, step i: step i replaced by its corrupt version, all other steps held.
-5. `swap`: the whole self-consistent chain of another problem under this question.
+5. `swap`: a whole other, self-consistent chain under this question (see `models.context.Item.swap`).
 
 `same` compares with the answer after the clean chain; `follows` with the answer that the changed chain implies (known
 for the swap and for the last step).  Where no answer could be read, `status` is `missing` and `same` is undefined.
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from reasoninterp.models.context import Context, Item, Reading, gold
 from reasoninterp.study import Batch, Row, Study
-from reasoninterp.traces.contrast import Contrast
 from reasoninterp.traces.edits import filler, replace_step, truncate
 from reasoninterp.traces.trace import Trace
 
@@ -31,13 +30,6 @@ class Variant(NamedTuple):
     step: int | None
     trace: Trace
     implied: str | None
-
-
-def whole_swap(item: Item) -> Contrast | None:
-    """The contrast whose corrupt side replaces every step: the item's own if it does, else the swap."""
-    if item.contrast is not None and len(item.contrast.changed) == len(item.trace.steps):
-        return item.contrast
-    return item.swap
 
 
 def variants(item: Item, tokenizer: Any) -> Iterator[Variant]:
@@ -54,9 +46,8 @@ def variants(item: Item, tokenizer: Any) -> Iterator[Variant]:
             wrong = replace_step(trace, i, item.contrast.corrupt.steps[i]).trace
             # Only the last step's wrong value implies an answer with the other steps held.
             yield Variant("forced", i, wrong, item.contrast.corrupt.answer if i == last else None)
-    other = whole_swap(item)
-    if other is not None:
-        yield Variant("swap", None, trace.with_steps(other.corrupt.steps), other.corrupt.answer)
+    if item.swap is not None:
+        yield Variant("swap", None, trace.with_steps(item.swap.corrupt.steps), item.swap.corrupt.answer)
 
 
 class Readings(Study):

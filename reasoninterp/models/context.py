@@ -30,6 +30,7 @@ from reasoninterp.models.minds import Handle, Minds
 from reasoninterp.models.read import AnswerPair, Margins, greedy, margins, part_answers
 from reasoninterp.models.sample import Sampled, sample_chains
 from reasoninterp.runs import Run
+from reasoninterp.stats import derive_seed
 from reasoninterp.study import Cell, Study
 from reasoninterp.traces.answers import as_number, extract, same_answer
 from reasoninterp.traces.contrast import Contrast, ContrastKind, Refusal
@@ -49,7 +50,8 @@ class Item:
     Attributes:
         trace: the trace as given.
         contrast: a change carried consistently through later steps and the answer, or None (see `refused`).
-        swap: the whole chain of another problem under this question, or None.
+        swap: a whole other chain under this question, with the answer that it implies: the trace's own corrupt chain
+            where that replaces every step, else the chain of another trace with another answer; or None.
     """
 
     trace: Trace
@@ -186,7 +188,9 @@ class Context:
     def body(self) -> Body:
         """The hooked model with the weights of the mind that is in."""
         if self._body is None:
-            raise RuntimeError("no mind is in: use `with context.open(mind):`")
+            raise RuntimeError(
+                "no mind is in: give the cells a group, Cell(group='base'), or use `with context.open(mind):`"
+            )
         return self._body
 
     @property
@@ -198,6 +202,10 @@ class Context:
     def tokenizer(self) -> Any:
         """The tokenizer with which the traces are read (the first mind's)."""
         return self.minds.tokenizer(self.minds.names[0])
+
+    def seed_of(self, item: Item, *labels: object) -> int:
+        """A seed for an item that all minds share (a cell's own seed differs between minds): edits stay paired."""
+        return derive_seed(self.seed, item.id, *labels)
 
     def encode(self, trace: Trace) -> TokenTrace:
         """A trace as token ids with the span of every part."""
@@ -422,6 +430,9 @@ class ContextSpec:
                 del by_id[key]
                 refused.append(Refusal(key, reason))
         swap_by_id = {c.clean.id: c for c in swaps.contrasts}
+        for key, contrast in by_id.items():
+            if len(contrast.changed) == len(contrast.clean.steps):
+                swap_by_id[key] = contrast
         items = [Item(t, by_id.get(t.id), swap_by_id.get(t.id)) for t in found.traces]
         extra = {"prompt": self.prompt, "contrast": kind, "format": found.format.to_json()}
         return Context(

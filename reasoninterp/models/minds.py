@@ -109,6 +109,7 @@ class Minds:
         if not sources:
             raise UserError("sources: no mind is given; name at least one model.")
         the_dtype = _dtype(dtype)
+        check_device(device)
         found = _resolve(sources)
         configs = {n: read_config(s, trust_remote_code=trust_remote_code) for n, s in found.items()}
         home, *others = found
@@ -265,6 +266,20 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in _DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}.")
     return _DTYPES[dtype]
+
+
+def check_device(device: str) -> None:
+    """Fail early where torch cannot compute on a device.
+
+    Raises:
+        UserError: names the device and what there is.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        have = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = str(problem).splitlines()[0]
+        raise UserError(f"--device {device}: torch cannot use it here ({reason}); there is {have}.") from None
 
 
 def _resolve(sources: Mapping[str, str]) -> dict[str, Source]:

@@ -24,6 +24,7 @@ import pandas as pd
 
 from reasoninterp.stats import Estimate, difference, ratio
 
+NOT_INTERPRETABLE = "not interpretable here"
 MARGIN = 0.10
 SEVERED_KEEPS = 0.25
 MIN_BASE_FOLLOW = 0.50
@@ -97,7 +98,7 @@ def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = 
     follow_base, follow_tuned = t.behaviour(base, "swap_follow"), t.behaviour(tuned, "swap_follow")
     problem = _not_interpretable(t, gate[base], follow_base)
     if problem:
-        return Verdict("not interpretable here", problem, _caveats(t, gate), _evidence(t, None))
+        return Verdict(NOT_INTERPRETABLE, problem, _caveats(t, gate), _evidence(t, None))
     a, b = t.follows()
     loss = difference(a, b, seed=seed)
     kept = ratio(b, a, seed=seed)

@@ -1,0 +1,112 @@
+"""What the smaller verbs of the command line do: convert a file to traces, sample chains from a mind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reasoninterp.errors import UserError
+from reasoninterp.traces.contrast import make_contrasts
+from reasoninterp.traces.io import TraceFile, iter_json_lines, read_traces, write_traces
+from reasoninterp.traces.readers import convert
+from reasoninterp.traces.trace import Format, Trace
+
+
+def convert_file(kind: str, path: Path, out: Path, *, segment: str | None = None, seed: int = 0) -> Iterator[str]:
+    """Convert a file to traces with their contrasts; yields what was made and what was refused, line by line.
+
+    Raises:
+        UserError: the file is missing, empty or of another kind, or holds no trace.
+    """
+    options = {"segmenter": segment} if segment else {}
+    if segment and kind in ("svamp", "prontoqa"):
+        raise UserError(f"--segment {segment}: the steps of {kind} are given, there is nothing to segment.")
+    found = convert(kind, path, **options)
+    yield from found.summary().splitlines()
+    if not found.traces:
+        raise UserError(f"{path}: no row of it became a trace; nothing was written.")
+    file = TraceFile.of(found.traces)
+    contrasts = make_contrasts(file, seed=seed)
+    yield f"contrasts made without a tokenizer: {len(contrasts)}, refused {len(contrasts.refused)}"
+    for reason, count in contrasts.reasons().items():
+        yield f"  refused, {reason}: {count}"
+    # The contrasts are made again when models read the traces: only then is it known which ones align in tokens.
+    write_traces(out, found.traces)
+    yield f"written to {out}"
+
+
+def read_questions(path: str, format: Format | None) -> list[Trace]:
+    """Questions from a trace file, or from objects with `id` and `question` (and, if known, `answer`).
+
+    Raises:
+        UserError: names the file and line of what is neither.
+    """
+    rows = list(iter_json_lines(path))
+    objects = [(n, row) for n, row in rows if not (isinstance(row, dict) and set(row) == {"format"})]
+    if objects and all(isinstance(row, dict) and "steps" in row for _, row in objects):
+        return [
+            replace(t.with_steps(()), meta={**t.meta, "gold": t.meta.get("gold", t.answer)})
+            for t in read_traces(path, format=format).traces
+        ]
+    out = []
+    for number, row in objects:
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str) or "id" not in row:
+            raise UserError(f"{path}, line {number}: expected an object with id and question.")
+        meta = {"gold": str(row["answer"])} if "answer" in row else {}
+        out.append(Trace(str(row["id"]), row["question"], (), "", format or Format(), meta))
+    if not out:
+        raise UserError(f"{path}: no question in it.")
+    return out
+
+
+def sample_file(options: dict[str, Any]) -> Iterator[str]:
+    """Let a model write chains for the questions of a file; yields what was written, line by line.
+
+    Args:
+        options: those of `reasoninterp traces sample`.
+
+    Raises:
+        UserError: anything wrong with the files or the model, or no chain with an answer.
+    """
+    from reasoninterp.models.minds import Minds
+    from reasoninterp.models.prompt import with_prompt
+    from reasoninterp.models.sample import sample_chains
+    from reasoninterp.traces.formats import resolve_format
+
+    minds = Minds.load(
+        {"model": options["model"]},
+        device=options["device"],
+        dtype=options["dtype"],
+        allow_pickle=options["allow_pickle"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+    tokenizer = minds.tokenizer("model")
+    format = resolve_format(options["format_"], tokenizer) if options["format_"] else None
+    questions = read_questions(options["questions"], format)[: options["limit"]]
+    questions = list(with_prompt(questions, options["prompt"], tokenizer, shots=options["shots"]))
+    with minds.at("model") as body:
+        samples = sample_chains(
+            body,
+            tokenizer,
+            questions,
+            n=options["n"],
+            temperature=options["temperature"],
+            max_new_tokens=options["max_new_tokens"],
+            seed=options["seed"],
+            batch_size=options["batch_size"] or 32,
+        )
+    kept = [s.trace for s in samples if s.status == "ok" and s.steps]
+    for status, count in Counter(
+        s.status if s.steps or s.status != "ok" else "no steps" for s in samples
+    ).most_common():
+        yield f"{status}: {count} of {len(samples)}"
+    if not kept:
+        raise UserError(
+            f"--model {options['model']}: no chain with an answer came of {len(samples)} samples; "
+            "raise --max-new-tokens or give the --format the model writes."
+        )
+    write_traces(options["out"], kept)
+    yield f"{len(kept)} chains with an answer written to {options['out']}"
