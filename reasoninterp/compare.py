@@ -52,7 +52,11 @@ def open_run(context: Context, spec: ContextSpec, out: str | Path, arguments: di
         identity[name.replace("_", "-")] = str(getattr(spec, name))
     run = Run.open(out, identity, {**spec.to_json(), **(arguments or {})})
     context.run = run
-    run.record(traces=describe_traces(context))
+    minds = {
+        name: {"source": spec.minds[name], "gap_to_plain_model": gap} for name, gap in context.minds.probe_gap.items()
+    }
+    about = {"n_params": context.minds.n_params, "notes": list(context.minds.notes), "memory": str(context.minds.plan())}
+    run.record(traces=describe_traces(context), minds={**minds, **about})
     return run
 
 
@@ -271,9 +275,3 @@ def summary(runs: Sequence[Run], report: Path) -> list[str]:
                 proof = f"  restore {g['restore']:.2f}  cut {g['cut']:.2f}" if g is not None else ""
                 lines.append(f"             {unit:<10} {entry:+6.1f} nats{proof}")
     return [*lines[:14], f"report       {report}"]
-
-
-def require(path: str, option: str) -> None:
-    """Fail early where a file that an option names is not there."""
-    if not Path(path).exists():
-        raise UserError(f"{option} {path}: no such file or directory.")

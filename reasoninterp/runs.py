@@ -26,7 +26,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -274,12 +274,6 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": gpu,
     }
-
-
-def iter_runs(root: str | Path) -> Iterator[Run]:
-    """Every run below a directory."""
-    for manifest in sorted(Path(root).rglob("run.json")):
-        yield Run.read(manifest.parent)
 
 
 def _check_own(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -72,7 +72,7 @@ def test_patched_cells_equal_transformer_lens(tmp_path: Path, family: str, compo
         ]
         names = [site(component, layer) for layer in range(3)]
         with torch.no_grad():
-            _, cache = bridge.run_with_cache(clean, names_filter=lambda n: True)
+            _, cache = bridge.run_with_cache(clean, names_filter=names)
             oracle = patching.generic_activation_patch(
                 bridge,
                 corrupt,

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from reasoninterp.errors import UserError
-from reasoninterp.runs import Run, Shard, iter_runs, write_whole
+from reasoninterp.runs import Run, Shard, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 IDENTITY = {"weights of base": "b0", "weights of tuned": "t0", "traces": "x"}
@@ -161,15 +161,6 @@ runs.Run.open(sys.argv[1], {})
     Run.open(tmp_path, IDENTITY).close()
     assert leftovers(tmp_path) == []
     assert Run.read(tmp_path).manifest["identity"] == IDENTITY
-
-
-def test_reading_wants_a_run_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.json is missing"):
-        Run.read(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    for name in ("b", "a"):
-        Run.open(tmp_path / name, {"traces": name}).close()
-    assert [r.manifest["identity"]["traces"] for r in iter_runs(tmp_path)] == ["a", "b"]
 
 
 # ---------------------------------------------------------------------------------------------- whole files

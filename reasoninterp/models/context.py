@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from reasoninterp.errors import UserError
@@ -282,14 +281,11 @@ class Context:
 
     def _auto_rows(self) -> int:
         """Rows that fit in a fifth of the free memory, at the length of the longest trace."""
-        import psutil
-
         longest = max((len(self.encode(t).ids) for item in self.items for t in _answers(item)), default=64)
         per_token = 4 * (40 * self.minds.config.hidden_size + longest * self.minds.config.num_attention_heads)
         per_row = per_token * (longest + ANSWER_SLACK) * self.minds.config.num_hidden_layers
-        device = self.minds.body.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        at_once = MAX_ROWS if device.type == "cuda" else min(MAX_ROWS, MAX_TOKENS_ON_CPU / longest)
+        free = self.minds.free_memory()
+        at_once = MAX_ROWS if self.minds.body.device.type == "cuda" else min(MAX_ROWS, MAX_TOKENS_ON_CPU / longest)
         return int(max(1, min(at_once, free / 5 / per_row)))
 
 

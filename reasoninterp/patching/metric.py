@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -81,9 +80,3 @@ def contrast_plan(context: Context, contrasts: Sequence[Contrast]) -> ContrastPl
     sides = (plan_margins(prompts[0], pairs[0], end), plan_margins(prompts[1], pairs[1], end))
     both = plan_margins(prompts[0] + prompts[1], pairs[0] + pairs[1], end)
     return ContrastPlan(len(contrasts), sides, both, (tuple(prompts[0]), tuple(prompts[1])))
-
-
-def mean_effect(context: Context, contrasts: Sequence[Contrast]) -> float:
-    """E over some contrasts for the mind that is in."""
-    with torch.no_grad():
-        return float(contrast_plan(context, contrasts).effects(context.body).mean())

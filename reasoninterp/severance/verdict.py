@@ -65,17 +65,15 @@ class Tables:
 
     def behaviour(self, mind: str, test: str) -> Estimate:
         """A number of the behaviour table; n = 0 where it is not there."""
-        table = self.tables.get("behaviour", pd.DataFrame())
-        row = table[(table["mind"] == mind) & (table["test"] == test)] if len(table) else table
-        if not len(row):
-            return Estimate(np.nan, np.nan, np.nan, 0, "")
-        r = row.iloc[0]
-        return Estimate(float(r["value"]), float(r["ci_low"]), float(r["ci_high"]), int(r["n"]), str(r["method"]))
+        return self._number("behaviour", mind, "test", test)
 
     def effect(self, mind: str, measure: str = "E") -> Estimate:
         """A number of the effect table; n = 0 where it is not there."""
-        table = self.tables.get("effect", pd.DataFrame())
-        row = table[(table["mind"] == mind) & (table["measure"] == measure)] if len(table) else table
+        return self._number("effect", mind, "measure", measure)
+
+    def _number(self, name: str, mind: str, column: str, value: str) -> Estimate:
+        table = self.tables.get(name, pd.DataFrame())
+        row = table[(table["mind"] == mind) & (table[column] == value)] if len(table) else table
         if not len(row):
             return Estimate(np.nan, np.nan, np.nan, 0, "")
         r = row.iloc[0]

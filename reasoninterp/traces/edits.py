@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from reasoninterp.errors import UserError
@@ -124,11 +124,6 @@ def swap(trace: Trace, other: Trace) -> EditedTrace:
     if trace.format.between_steps != other.format.between_steps:
         raise UserError(f"swap: traces {trace.id!r} and {other.id!r} join their steps differently; use one format.")
     return edited(trace, other.steps, f"swap({other.id!r})")
-
-
-def reformat(trace: Trace, format: Any) -> Trace:
-    """The same question, steps and answer joined by another format."""
-    return replace(trace, format=format)
 
 
 def _check_index(trace: Trace, i: int, edit: str) -> None:
