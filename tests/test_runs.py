@@ -163,6 +163,12 @@ runs.Run.open(sys.argv[1], {})
     assert Run.read(tmp_path).manifest["identity"] == IDENTITY
 
 
+def test_reading_wants_a_run_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.json is missing"):
+        Run.read(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------- whole files
 
 
