@@ -178,10 +178,10 @@ def _gate(context: Context) -> pd.DataFrame:
             reason = f"accuracy with its own chain ({accuracy['value']:.2f}) is not above chance ({chance:.2f})"
         elif gain.ci_high < GATE_MARGIN:
             label = "chain not needed"
-            reason = f"the chain adds {gain.value:+.2f} to accuracy (at most {gain.ci_high:+.2f})"
+            reason = f"the chain adds {_signed(gain.value)} to accuracy (at most {_signed(gain.ci_high)})"
         else:
             label = "interpretable"
-            reason = f"the chain adds {gain.value:+.2f} to accuracy and accuracy is above chance"
+            reason = f"the chain adds {_signed(gain.value)} to accuracy, and accuracy is above chance"
         out.append(
             {
                 "mind": mind,
@@ -197,3 +197,8 @@ def _gate(context: Context) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(out)
+
+
+def _signed(value: float) -> str:
+    """`+0.59`; what rounds to nothing is `+0.00`, never `-0.00`."""
+    return f"{round(value, 2) + 0.0:+.2f}"

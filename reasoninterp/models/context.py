@@ -406,8 +406,11 @@ class ContextSpec:
             trust_remote_code=self.trust_remote_code,
         )
         tokenizer = minds.tokenizer(minds.names[0])
-        found = read_traces(self.traces, format=resolve_format(self.format, tokenizer) if self.format else None)
-        found = with_prompt(found, self.prompt, tokenizer, shots=self.shots)
+        # Tuning often brings the chat template that the base lacks; whoever has one, all minds read what it writes.
+        every = [minds.tokenizer(name) for name in minds.names]
+        templated = next((t for t in every if getattr(t, "chat_template", None)), tokenizer)
+        found = read_traces(self.traces, format=resolve_format(self.format, templated) if self.format else None)
+        found = with_prompt(found, self.prompt, templated, shots=self.shots)
         found = found.head(self.limit)
         check_ids(minds, found.traces)
         bar = partial(tqdm, desc="contrasts", unit="trace", disable=not progress, delay=2)
