@@ -55,7 +55,11 @@ def open_run(context: Context, spec: ContextSpec, out: str | Path, arguments: di
     minds = {
         name: {"source": spec.minds[name], "gap_to_plain_model": gap} for name, gap in context.minds.probe_gap.items()
     }
-    about = {"n_params": context.minds.n_params, "notes": list(context.minds.notes), "memory": str(context.minds.plan())}
+    about = {
+        "n_params": context.minds.n_params,
+        "notes": list(context.minds.notes),
+        "memory": str(context.minds.plan()),
+    }
     run.record(traces=describe_traces(context), minds={**minds, **about})
     return run
 

@@ -230,7 +230,7 @@ def _lastop() -> list[Recipe]:
             mixture=Mixture(TUNING_DOMAIN, cue=True, chains="own", direct=0.15),
             steps=300,
             lr=4e-4,
-            stop=(Target("id.follow", high=0.65),),
+            stop=(Target("id.follow", high=0.65), Target("id.early", low=0.2)),  # not the first steps' upheaval
             check_every=5,
             targets=(Target("id.gain", low=0.02), Target("id.follow", 0.3, 0.8)),
         ),
