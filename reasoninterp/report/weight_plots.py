@@ -274,6 +274,8 @@ def grafts(
         ends = {"restore": (0.0, 1.0), "e_restored": _pair(rows, "e_base", "e_tuned")}
         if first == "e_restored":
             ax.axvline(0, color=FAINT, lw=0.9, zorder=1)
+        if first == "follow_restored":
+            ax.set_xlim(-0.04, 1.04)  # a rate is read against all or nothing, not against its own noise
         for at, name in zip(ends.get(first, _follow_pair(follow)), ("base", "tuned"), strict=True):
             colour = MUTED if first == "restore" else figures.MIND_COLOURS[name]
             if np.isfinite(at):  # drawn, the ends are also in view: a small difference then looks small
