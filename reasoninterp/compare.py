@@ -276,6 +276,24 @@ def summary(runs: Sequence[Run], report: Path) -> list[str]:
             grafts = tables["grafts"].set_index("unit") if "grafts" in tables else pd.DataFrame()
             for unit, entry in list(zip(blocks["unit"], blocks["attribution"], strict=True))[:3]:
                 g = grafts.loc[unit] if unit in grafts.index else None
-                proof = f"  restore {g['restore']:.2f}  cut {g['cut']:.2f}" if g is not None else ""
+                proof = f"  restore {_share(g['restore'])}  cut {_share(g['cut'])}" if g is not None else ""
                 lines.append(f"             {unit:<10} {entry:+6.1f} nats{proof}")
+            if "graft_sets" in tables and len(tables["graft_sets"]):
+                lines.append(f"             {_sets_line(tables['graft_sets'])}")
     return [*lines[:14], f"report       {report}"]
+
+
+def _sets_line(sets: pd.DataFrame) -> str:
+    """What the three leading Units return together, beside as many at random."""
+    size = min(3, int(sets["size"].max()))
+    by = sets[sets["size"] == size].set_index("chosen")
+    led, drawn = by.loc["ledger"], by.loc["random"]
+    return (
+        f"these {size} together: restore {_share(led['restore'])}  cut {_share(led['cut'])}   "
+        f"({size} at random: {_share(drawn['restore'])}  {_share(drawn['cut'])})"
+    )
+
+
+def _share(value: float) -> str:
+    """A share of the loss; a dash where the loss may stand in no denominator."""
+    return "—" if pd.isna(value) else f"{value:.2f}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from reasoninterp.traces.readers import convert
 from reasoninterp.traces.trace import Format, Trace
 
 
-def convert_file(kind: str, path: Path, out: Path, *, segment: str | None = None, seed: int = 0) -> Iterator[str]:
-    """Convert a file to traces with their contrasts; yields what was made and what was refused, line by line.
+def convert_file(kind: str, path: Path, out: Path, *, segment: str | None = None, seed: int = 0) -> list[str]:
+    """Convert a file to traces; returns what was made and what was refused, contrasts counted too, line by line.
 
     Raises:
         UserError: the file is missing, empty or of another kind, or holds no trace.
@@ -25,17 +24,18 @@ def convert_file(kind: str, path: Path, out: Path, *, segment: str | None = None
     if segment and kind in ("svamp", "prontoqa"):
         raise UserError(f"--segment {segment}: the steps of {kind} are given, there is nothing to segment.")
     found = convert(kind, path, **options)
-    yield from found.summary().splitlines()
     if not found.traces:
         raise UserError(f"{path}: no row of it became a trace; nothing was written.")
     file = TraceFile.of(found.traces)
-    contrasts = make_contrasts(file, seed=seed)
-    yield f"contrasts made without a tokenizer: {len(contrasts)}, refused {len(contrasts.refused)}"
-    for reason, count in contrasts.reasons().items():
-        yield f"  refused, {reason}: {count}"
     # The contrasts are made again when models read the traces: only then is it known which ones align in tokens.
+    contrasts = make_contrasts(file, seed=seed)
     write_traces(out, found.traces)
-    yield f"written to {out}"
+    return [
+        *found.summary().splitlines(),
+        f"contrasts made without a tokenizer: {len(contrasts)}, refused {len(contrasts.refused)}",
+        *(f"  refused, {reason}: {count}" for reason, count in contrasts.reasons().items()),
+        f"written to {out}",
+    ]
 
 
 def read_questions(path: str, format: Format | None) -> list[Trace]:
@@ -62,8 +62,8 @@ def read_questions(path: str, format: Format | None) -> list[Trace]:
     return out
 
 
-def sample_file(options: dict[str, Any]) -> Iterator[str]:
-    """Let a model write chains for the questions of a file; yields what was written, line by line.
+def sample_file(options: dict[str, Any]) -> list[str]:
+    """Let a model write chains for the questions of a file; returns what was written, line by line.
 
     Args:
         options: those of `reasoninterp traces sample`.
@@ -99,14 +99,12 @@ def sample_file(options: dict[str, Any]) -> Iterator[str]:
             batch_size=options["batch_size"] or 32,
         )
     kept = [s.trace for s in samples if s.status == "ok" and s.steps]
-    for status, count in Counter(
-        s.status if s.steps or s.status != "ok" else "no steps" for s in samples
-    ).most_common():
-        yield f"{status}: {count} of {len(samples)}"
+    statuses = Counter(s.status if s.steps or s.status != "ok" else "no steps" for s in samples)
+    counts = [f"{status}: {count} of {len(samples)}" for status, count in statuses.most_common()]
     if not kept:
         raise UserError(
-            f"--model {options['model']}: no chain with an answer came of {len(samples)} samples; "
+            f"--model {options['model']}: no chain with an answer came of {len(samples)} samples ({', '.join(counts)}); "
             "raise --max-new-tokens or give the --format the model writes."
         )
     write_traces(options["out"], kept)
-    yield f"{len(kept)} chains with an answer written to {options['out']}"
+    return [*counts, f"{len(kept)} chains with an answer written to {options['out']}"]

@@ -111,6 +111,24 @@ def test_internals_are_left_out_where_nothing_could_be_read_in_them(home: Path, 
     assert "at floor" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_chains_without_calculations_are_compared_by_swapping_them(home: Path, tmp_path: Path) -> None:
+    """Proofs and options have nothing to recompute; chains of other lengths cannot be aligned, and the page says so."""
+    lines = []
+    for k in range(6):
+        steps = [f"{'abcdef'[k]} is a thing", "things are red"][: 1 + k % 2]
+        lines.append(
+            json.dumps({"id": f"t{k}", "question": "red?", "steps": steps, "answer": "yes" if k % 3 else "no"})
+        )
+    (tmp_path / "traces.jsonl").write_text("\n".join(lines) + "\n")
+    main(compare(home, tmp_path / "run", "--everything", traces=str(tmp_path / "traces.jsonl")))
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert sum(manifest["traces"]["refused"].values()) == 6  # each with its reason, though a swap stands in
+    effect = pd.read_parquet(tmp_path / "run" / "tables" / "effect.parquet")
+    assert set(effect["contrast"]) == {"swap"}
+    assert (effect["n"] > 0).all()
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_plan_says_what_is_to_come_and_leaves_nothing(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,13 @@ class Variant(NamedTuple):
     implied: str | None
 
 
+def corruptible(item: Item) -> list[int]:
+    """Steps of which the item has a corrupt version; a step of another problem's chain is none of this one's."""
+    if item.contrast is None or item.contrast.kind == "swap":
+        return []
+    return [i for i in item.contrast.changed if i < min(len(item.trace.steps), len(item.contrast.corrupt.steps))]
+
+
 def variants(item: Item, tokenizer: Any) -> Iterator[Variant]:
     """Everything that is read for one trace; the first is the clean chain."""
     trace = item.trace
@@ -42,7 +49,7 @@ def variants(item: Item, tokenizer: Any) -> Iterator[Variant]:
     yield Variant("filler", None, filler(trace, tokenizer, text=text).trace, None)
     if item.contrast is not None:
         last = len(trace.steps) - 1
-        for i in item.contrast.changed:
+        for i in corruptible(item):
             wrong = replace_step(trace, i, item.contrast.corrupt.steps[i]).trace
             # Only the last step's wrong value implies an answer with the other steps held.
             yield Variant("forced", i, wrong, item.contrast.corrupt.answer if i == last else None)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from reasoninterp.faithfulness.readings import compare
+from reasoninterp.faithfulness.readings import compare, corruptible
 from reasoninterp.models.context import Context, Item, Reading, gold
 from reasoninterp.models.sample import Sampled
 from reasoninterp.study import Batch, Cell, Row, Study
+from reasoninterp.traces.trace import Trace
 
 
 def as_reading(sample: Sampled) -> Reading:
@@ -69,16 +70,16 @@ class Regenerated(Study):
     """Corrupt one step, let the mind write on, read the answer: the step's total effect."""
 
     def cells(self, context: Context) -> Iterable[Cell]:
-        """Every mind × item that has a contrast."""
-        return context.contrast_cells()
+        """Every mind × item with steps of which there is a corrupt version."""
+        return [cell for cell in context.contrast_cells() if corruptible(cell.item)]
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per cell and changed step, and one (`step` None) for the chain regenerated from its start."""
-        asked = []
+        asked: list[tuple[Cell, int | None, Trace]] = []
         for cell in batch:
             trace, contrast = cell.item.trace, cell.item.contrast
             asked.append((cell, None, trace.with_steps(())))
-            for i in contrast.changed:
+            for i in corruptible(cell.item):
                 asked.append((cell, i, trace.with_steps([*trace.steps[:i], contrast.corrupt.steps[i]])))
         before: Reading | None = None
         for (cell, step, _), sample in zip(asked, context.sample([t for *_, t in asked]), strict=True):
