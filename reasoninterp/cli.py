@@ -234,13 +234,22 @@ def traces() -> None:
 @click.option("--from", "kind", required=True, type=click.Choice(KINDS), help="What the file is.")
 @click.argument("file")
 @click.option("--out", required=True, help="JSON Lines file to write.")
-@click.option("--segment", default=None, help="How a sampler's text is cut into steps (vllm).")
+@click.option(
+    "--segment", "segmenter", help="How a text is cut into steps: lines, sentences, numbered, think, calculator."
+)
+@click.option(
+    "--extract", "extractor", help="How the answer is found in a sampler's text (vllm): hash, boxed, letter, ..."
+)
+@click.option("--mind", help="Who wrote the chains (vllm).")
+@click.option("--model", help="Whose solutions are read from GSM8K's file of model solutions.")
+@click.option("--shuffle-options", is_flag=True, help="Put the options of multiple choice into another order (aqua).")
 @click.option("--seed", type=int, default=0, show_default=True)
-def traces_convert(kind: str, file: str, out: str, segment: str | None, seed: int) -> None:
+def traces_convert(kind: str, file: str, out: str, shuffle_options: bool, seed: int, **options: str | None) -> None:
     """Convert a data set's file (or a sampler's output) to traces; say what was made and what was refused."""
     from reasoninterp.jobs import convert_file
 
-    for line in convert_file(kind, Path(file), Path(out), segment=segment, seed=seed):
+    given = {name: value for name, value in options.items() if value is not None}
+    for line in convert_file(kind, Path(file), Path(out), shuffle=shuffle_options, seed=seed, **given):
         click.echo(line)
 
 

@@ -10,20 +10,40 @@ from typing import Any
 from reasoninterp.errors import UserError
 from reasoninterp.traces.contrast import make_contrasts
 from reasoninterp.traces.io import TraceFile, iter_json_lines, read_traces, write_traces
-from reasoninterp.traces.readers import convert
+from reasoninterp.traces.readers import convert, shuffle_options
 from reasoninterp.traces.trace import Format, Trace
 
+OPTIONS = {
+    "gsm8k": {"segmenter", "model"},
+    "aqua": {"segmenter"},
+    "svamp": set(),
+    "prontoqa": set(),
+    "vllm": {"segmenter", "extractor", "mind"},
+}
 
-def convert_file(kind: str, path: Path, out: Path, *, segment: str | None = None, seed: int = 0) -> list[str]:
+
+def convert_file(
+    kind: str, path: Path, out: Path, *, shuffle: bool = False, seed: int = 0, **options: str
+) -> list[str]:
     """Convert a file to traces; returns what was made and what was refused, contrasts counted too, line by line.
 
+    Args:
+        kind: what the file is.
+        path: the file.
+        out: the trace file to write.
+        shuffle: put the options of multiple choice into another order, the answer's letter with them.
+        seed: of the order and of the contrasts that are counted.
+        options: those of the reader (`segmenter`, `extractor`, `mind`, `model`).
+
     Raises:
-        UserError: the file is missing, empty or of another kind, or holds no trace.
+        UserError: the file is missing, empty or of another kind, holds no trace, or an option is none of its reader's.
     """
-    options = {"segmenter": segment} if segment else {}
-    if segment and kind in ("svamp", "prontoqa"):
-        raise UserError(f"--segment {segment}: the steps of {kind} are given, there is nothing to segment.")
+    for name in sorted(set(options) - OPTIONS[kind]):
+        known = ", ".join(sorted(OPTIONS[kind])) or "none"
+        raise UserError(f"--from {kind}: it takes no option {name!r} (it takes: {known}).")
     found = convert(kind, path, **options)
+    if shuffle:
+        found.traces = [shuffle_options(trace, seed) for trace in found.traces]
     if not found.traces:
         raise UserError(f"{path}: no row of it became a trace; nothing was written.")
     file = TraceFile.of(found.traces)

@@ -203,6 +203,28 @@ def test_other_wrong_input(home: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "nowhere" in fails(["traces", "convert", "--from", "gsm8k", str(tmp_path / "nowhere"), "--out", "x"], capsys)
 
 
+def test_converting_multiple_choice_shuffles_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "question": "2+2?",
+        "options": ["A)3", "B)4", "C)5"],
+        "rationale": "2+2 = 4\nThe answer is B.",
+        "correct": "B",
+    }
+    (tmp_path / "aqua.json").write_text("\n".join(json.dumps(row) for _ in range(8)) + "\n")
+    arguments = ["traces", "convert", "--from", "aqua", str(tmp_path / "aqua.json"), "--out"]
+    main([*arguments, str(tmp_path / "plain.jsonl")])
+    main([*arguments, str(tmp_path / "shuffled.jsonl"), "--shuffle-options"])
+    plain, shuffled = (
+        [json.loads(line) for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()[1:]]
+        for n in ("plain", "shuffled")
+    )
+    assert [t["answer"] for t in plain] == ["B"] * 8
+    assert {t["answer"] for t in shuffled} == {"A", "B", "C"}
+    for trace in shuffled:
+        assert trace["meta"]["options"][ord(trace["answer"]) - 65].endswith("4")
+    assert "takes no option 'mind'" in fails([*arguments, "x", "--mind", "me"], capsys)
+
+
 def test_help_is_fast_because_it_imports_no_torch() -> None:
     code = (
         "import sys; import reasoninterp, reasoninterp.cli as c\n"

@@ -13,6 +13,7 @@ import pytest
 
 from reasoninterp.demo import run_demo
 from reasoninterp.runs import Run
+from reasoninterp.study import load_module
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +120,9 @@ def test_the_report_shows_the_other_pairs(runs: dict[str, Run]) -> None:
     for name in ("benign", "shortcut"):
         assert name in html
     assert "no damage found" in html
+
+
+def test_the_experiment_script_compares_each_organism_with_its_base(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[1] / "experiments" / "compare_organisms.py"
+    found = load_module(script).run(tmp_path / "pairs", only=["severed"], limit=24, quiet=True)
+    assert [(r.path.name, r.manifest["verdict"]["word"]) for r in found] == [("severed", "severed")]
