@@ -75,12 +75,22 @@ def reading_options(minds: bool = True) -> Callable[[Any], Any]:
             show_default=True,
             help="What is changed in the chain for E, maps and ledger.",
         ),
-        click.option("--shots", type=int, default=3, show_default=True, help="Worked examples in a few-shot prompt."),
+        click.option(
+            "--shots",
+            type=click.IntRange(1),
+            default=3,
+            show_default=True,
+            help="Worked examples in a few-shot prompt.",
+        ),
         click.option(
             "--extract", default="auto", show_default=True, help="How an answer is found in what a mind wrote."
         ),
         click.option(
-            "--max-new-tokens", type=int, default=256, show_default=True, help="Longest chain a mind may write."
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            default=256,
+            show_default=True,
+            help="Longest chain a mind may write.",
         ),
         click.option("--limit", type=click.IntRange(1), help="Only the first N traces."),
         click.option("--seed", type=int, default=0, show_default=True),
@@ -132,6 +142,7 @@ def compare(second_prompt: str | None, everything: bool, plan: bool, out: str, *
         for line in job.plan(spec, quiet=options["quiet"]):
             click.echo(line)
         return
+    more = {"second_prompt": second_prompt, "everything": everything}
     run = job.compare(
         spec,
         out,
@@ -139,6 +150,7 @@ def compare(second_prompt: str | None, everything: bool, plan: bool, out: str, *
         second_prompt=second_prompt,
         workers=options["workers"],
         everything=everything,
+        arguments=more,
     )
     show(run.manifest["verdict"], job.summary([run], run.path / "report.html"))
 
@@ -257,7 +269,7 @@ def traces_convert(kind: str, file: str, out: str, shuffle_options: bool, seed: 
 @click.option("--model", required=True, help="Directory or hub id of the model that writes.")
 @click.option("--questions", required=True, help="JSON Lines file: traces, or objects with id and question.")
 @click.option("--n", type=click.IntRange(1), default=1, show_default=True, help="Chains a question.")
-@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option("--out", required=True, help="JSON Lines file to write.")
 @reading_options(minds=False)
 def traces_sample(**options: Any) -> None:

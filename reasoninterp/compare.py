@@ -138,7 +138,12 @@ def compare(
     from reasoninterp.report import render
 
     began = time.perf_counter()
+    if second_prompt == spec.prompt:
+        raise UserError(f"--second-prompt {second_prompt}: the same as --prompt; give another form.")
     context = spec.load(progress=not quiet)
+    # Loaded before anything is measured: a prompt form that cannot be had is told at once.
+    second = dataclasses.replace(spec, prompt=second_prompt) if second_prompt else None
+    other = second.load(minds=context.minds) if second else None
     run = open_run(context, spec, out, arguments)
     executor = workers_of(spec, workers)
     with contextlib.closing(run):
@@ -154,7 +159,7 @@ def compare(
                 "Maps, ledger and grafts were not run, since nothing they say could be read (--everything runs them)."
             )
             verdict = dataclasses.replace(verdict, caveats=(*verdict.caveats, note))
-        verdict = _repeat(verdict, spec, context, run, second_prompt, quiet)
+        verdict = _repeat(verdict, second, other, run, quiet)
         run.record(verdict=verdict.to_json(), example=example(context, run))
         run.record(timings={"compare": {"seconds": round(time.perf_counter() - began, 2)}})
         render(run, siblings=siblings)
@@ -172,23 +177,19 @@ def verdict_tables(run: Run) -> dict[str, pd.DataFrame]:
     return {name: run.table(name) for name in names if run.has_table(name)}
 
 
-def _repeat(
-    verdict: Verdict, spec: ContextSpec, context: Context, run: Run, prompt: str | None, quiet: bool
-) -> Verdict:
+def _repeat(verdict: Verdict, again: ContextSpec | None, other: Context | None, run: Run, quiet: bool) -> Verdict:
     """Add what the deciding test says under a second prompt form, or that it was not repeated."""
-    if prompt is None:
+    if again is None or other is None:
         note = "The verdict was not repeated under a second prompt form (--second-prompt)."
         return dataclasses.replace(verdict, caveats=(*verdict.caveats, note))
-    again = dataclasses.replace(spec, prompt=prompt)
-    other = again.load(minds=context.minds)
     inner = open_run(other, again, run.path / "second-prompt")
     with contextlib.closing(inner):
         for name in BEHAVIOUR:
             run_study(study_named(name)(), other, inner, quiet=quiet, figures=False)
-        second = decide(verdict_tables(inner), seed=spec.seed)
-        run.save_table("second_prompt", inner.table("behaviour").assign(prompt=prompt))
+        second = decide(verdict_tables(inner), seed=again.seed)
+        run.save_table("second_prompt", inner.table("behaviour").assign(prompt=again.prompt))
     agrees = "the same word" if second.word == verdict.word else f"another word, '{second.word}'"
-    note = f"Under a second prompt form ({prompt}) the deciding test gives {agrees}: {second.sentences[0]}"
+    note = f"Under a second prompt form ({again.prompt}) the deciding test gives {agrees}: {second.sentences[0]}"
     return dataclasses.replace(verdict, caveats=(*verdict.caveats, note))
 
 
@@ -241,7 +242,7 @@ def plan(spec: ContextSpec, *, quiet: bool = False) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(few, spec, Path(folder) / "plan")
         with contextlib.closing(run):
-            for name in PIPELINE:
+            for name in PIPELINE if about["n_contrasts"] else BEHAVIOUR:
                 study = study_named(name)()
                 result = run_study(study, few, run, quiet=quiet, figures=False)
                 scale = len(whole.items) / max(1, len(few.items))

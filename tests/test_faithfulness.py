@@ -54,7 +54,7 @@ def write(run: Run, same: dict[str, list[float]], own: dict[str, float], none: d
             readings.append(
                 at | {"test": "filler", "step": None, "right": 0.0, "same": 0.0, "follows": None, "status": "ok"}
             )
-            for step, value in ((0, 1.0), (1, 0.0)):
+            for step, value in ((0, 1.0), (len(same[mind]) - 1, 0.0)):
                 forced = {"test": "forced", "step": step, "right": value, "same": value}
                 readings.append(at | forced | {"follows": 1.0 if step else None, "status": "ok"})
             # a quarter follow, a quarter stay, a quarter say a third thing, a quarter say nothing
@@ -142,6 +142,12 @@ def test_variants_of_a_trace() -> None:
     ("text", "answer", "meta", "value"),
     [
         (" 18 apples", "7", {}, "18"),
+        (" \\frac{1}{2} of it", "7", {}, "\\frac{1}{2}"),
+        ("−5", "7", {}, "−5"),
+        ("3 / 4", "7", {}, "3 / 4"),
+        (".5", "7", {}, ".5"),
+        ("A person says the answer is C", "B", {"options": ["A)1", "B)2", "C)3"]}, "C"),
+        ("(C) 15", "B", {}, "C"),
         ("$1,234.50.", "7", {}, "$1,234.50"),
         ("about seven", "7", {}, None),
         (" (B) because", "C", {"options": ["A)1", "B)2"]}, "B"),

@@ -14,7 +14,18 @@ import pytest
 from scipy import stats as scipy_stats
 
 from reasoninterp import stats
-from reasoninterp.stats import derive_seed, difference, estimate, matrix_intervals, mean, proportion, ratio, statistic
+from reasoninterp.stats import (
+    derive_seed,
+    difference,
+    estimate,
+    matrix_intervals,
+    mean,
+    paired,
+    paired_shares,
+    proportion,
+    ratio,
+    statistic,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -273,3 +284,17 @@ def test_seeds_are_the_same_in_every_process_and_differ_where_a_label_does() -> 
     seeds = {derive_seed(seed, label) for seed in range(20) for label in "abcde"}
     assert len(seeds) == 100
     assert all(0 <= s < 2**32 for s in seeds)
+
+
+def test_paired_shares_by_a_worked_example_and_without_variation() -> None:
+    """36 both, 12 only the first, 2 only the second, none neither: difference 0.2, interval 0.0569 to 0.3404."""
+    first = [1.0] * 36 + [1.0] * 12 + [0.0] * 2
+    second = [1.0] * 36 + [0.0] * 12 + [1.0] * 2
+    found = paired_shares(first, second)
+    assert (found.value, found.ci_low, found.ci_high) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    back = paired_shares(second, first)
+    assert (back.ci_low, back.ci_high) == pytest.approx((-found.ci_high, -found.ci_low))
+    constant = paired_shares([1.0] * 20, [1.0] * 20)
+    assert constant.value == 0.0
+    assert 0.1 < constant.ci_high < 0.2  # 20 traces without a loss do not exclude one of ten points
+    assert paired([0.5, 1.0, 0.0], [0.0, 0.5, 1.0]).method == "bootstrap"

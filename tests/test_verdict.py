@@ -49,7 +49,9 @@ def tables(
         (0.99, 0.50, 200, "weakened"),
         (0.99, 0.98, 200, "no damage found"),
         (0.99, 1.00, 200, "no damage found"),
-        (0.99, 0.99, 30, "no damage found"),
+        (0.65, 1.00, 200, "no damage found"),  # a gain is no damage
+        (1.00, 1.00, 60, "no damage found"),
+        (1.00, 1.00, 20, "undecided"),  # no loss was seen, but 20 traces cannot exclude one of 10 points
         (0.95, 0.90, 20, "undecided"),
         (0.30, 0.02, 200, "not interpretable here"),
         (0.99, 0.02, 10, "not interpretable here"),
@@ -61,6 +63,25 @@ def test_words(base: float, tuned: float, n: int, word: str) -> None:
     assert len(verdict.sentences) == 2
     if word not in ("not interpretable here",):
         assert f"{100 * round(tuned * n) / n:.0f} % [" in verdict.sentences[0]
+
+
+def test_a_mind_that_lost_its_answers_is_not_called_severed() -> None:
+    found = tables(0.99, 0.02)
+    more = [
+        {"mind": "tuned", "test": test, **proportion([1.0] * k + [0.0] * (200 - k))._asdict()}
+        for test, k in (("swap_other", 150), ("swap_unreadable", 20))
+    ]
+    found["behaviour"] = pd.concat([found["behaviour"], pd.DataFrame(more)], ignore_index=True)
+    verdict = decide(found)
+    assert verdict.word == "undecided"
+    assert "neither answer in 85%" in verdict.sentences[0]
+    turned = decide(tables(0.99, 0.02, e=(15.0, -15.0)))
+    assert any("changed its sign" in c for c in turned.caveats)
+
+
+def test_a_base_that_is_not_shown_to_follow_is_told_apart_from_one_that_does_not() -> None:
+    assert "too few to say" in decide(tables(0.70, 0.1, n=20)).sentences[0]
+    assert "do not drive its answer" in decide(tables(0.20, 0.1, n=200)).sentences[0]
 
 
 def test_a_base_at_floor_is_not_interpretable_whatever_the_follow_rates() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from reasoninterp.models.context import Context
-from reasoninterp.stats import difference, estimate
+from reasoninterp.stats import estimate, paired
 from reasoninterp.study import Cell, Study
 
 GATE_MARGIN = 0.10
@@ -100,22 +100,35 @@ def _readings(rows: pd.DataFrame) -> pd.DataFrame:
         _tidy(filled, "filler_same", filled["same"]),
         _tidy(forced, "forced_same", forced["same"], forced["step"]),
         _tidy(forced, "forced_follow", forced["follows"], forced["step"]).dropna(subset="value"),
-        *_last_and_earlier(clean, forced),
+        *_last_and_earlier(cut, forced),
+        *_unreadable({"truncated": cut, "filler": filled, "forced": forced}),
         _tidy(swap, "swap_follow", follows),
         _tidy(swap, "swap_stay", stays),
         _tidy(swap, "swap_other", other),
         _tidy(swap, "swap_unreadable", missing),
     ]
-    areas = 1 - cut.assign(same=pd.to_numeric(cut["same"])).groupby(["mind", "trace"], sort=False)["same"].mean()
+    # An area is of a whole curve: a trace with an unreadable point on it has none.
+    same = cut.assign(same=pd.to_numeric(cut["same"])).groupby(["mind", "trace"], sort=False)["same"]
+    areas = 1 - same.mean().where(same.count() == same.size())
     area = areas.reset_index()
     return pd.concat([*out, _tidy(area, "truncated_aoc", area["same"])])
 
 
-def _last_and_earlier(clean: pd.DataFrame, forced: pd.DataFrame) -> list[pd.DataFrame]:
+def _unreadable(tests: dict[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """Shares of readings without an answer, which leave the other rows of a test with a smaller n."""
+    return [
+        _tidy(part, f"unreadable_{name}", (part["status"] != "ok").astype(float))
+        for name, part in tests.items()
+        if len(part)
+    ]
+
+
+def _last_and_earlier(cut: pd.DataFrame, forced: pd.DataFrame) -> list[pd.DataFrame]:
     """The forced test for the last step and for all before it: chains differ in length, so step i is not enough."""
     if not len(forced):
         return []
-    last = forced["step"] == forced["trace"].map(forced.groupby("trace")["step"].max())
+    # A cut to k = n-1 steps is read for every trace, so the last step is known also where it is unchanged.
+    last = forced["step"] == forced["trace"].map(cut.groupby("trace")["step"].max())
     return [
         _tidy(part, f"forced_same_{name}", part["same"])
         for name, part in (("last", forced[last]), ("earlier", forced[~last]))
@@ -149,7 +162,7 @@ def _differences(long: pd.DataFrame, context: Context) -> pd.DataFrame:
         wide = part.pivot_table(index="trace", columns="mind", values="value")
         for mind in others:
             if first in wide and mind in wide:
-                found = difference(wide[mind], wide[first], seed=context.seed)
+                found = paired(wide[mind], wide[first], seed=context.seed)
                 out.append({"mind": mind, "test": test, "step": step, **found._asdict()})
     return pd.DataFrame(out, columns=["mind", "test", "step", "value", "ci_low", "ci_high", "n", "method"])
 
@@ -172,10 +185,16 @@ def _gate(context: Context) -> pd.DataFrame:
         with_chain = samples[samples["mind"] == mind].set_index("trace")["right"]
         without = none[none["mind"] == mind].set_index("trace")["right"].reindex(with_chain.index)
         accuracy = estimate(with_chain.rename("v").reset_index(), by=[], value="v", kind="share").iloc[0]
-        gain = difference(with_chain, without, seed=context.seed)
+        gain = paired(with_chain, without, seed=context.seed)
+        lost = samples[(samples["mind"] == mind) & (samples["status"] != "ok")]["status"]
         if not accuracy["ci_low"] > chance:
             label = "at floor"
             reason = f"accuracy with its own chain ({accuracy['value']:.2f}) is not above chance ({chance:.2f})"
+            if len(lost) > len(with_chain) / 2:
+                reason += (
+                    f"; no answer could be read in {len(lost) / len(with_chain):.0%} of its chains (most often: "
+                    f"{lost.mode().iloc[0]}), which a larger --max-new-tokens or its own --format may mend"
+                )
         elif gain.ci_high < GATE_MARGIN:
             label = "chain not needed"
             reason = f"the chain adds {_signed(gain.value)} to accuracy (at most {_signed(gain.ci_high)})"

@@ -9,7 +9,7 @@ For every trace and mind, all on the chain that the trace gives (so that both mi
 5. `swap`: a whole other, self-consistent chain under this question (see `models.context.Item.swap`).
 
 `same` compares with the answer after the clean chain; `follows` with the answer that the changed chain implies (known
-for the swap and for the last step).  Where no answer could be read, `status` is `missing` and `same` is undefined.
+for the swap, and for the last step where it states the answer or is all that was changed).  Where no answer could be read, `status` is `missing` and `same` is undefined.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from reasoninterp.models.context import Context, Item, Reading, gold
 from reasoninterp.study import Batch, Row, Study
+from reasoninterp.traces.contrast import states_answer
 from reasoninterp.traces.edits import filler, replace_step, truncate
 from reasoninterp.traces.trace import Trace
 
@@ -48,11 +49,12 @@ def variants(item: Item, tokenizer: Any) -> Iterator[Variant]:
     text = str(trace.meta.get("filler", " ..."))
     yield Variant("filler", None, filler(trace, tokenizer, text=text).trace, None)
     if item.contrast is not None:
-        last = len(trace.steps) - 1
+        last, corrupt = len(trace.steps) - 1, item.contrast.corrupt
+        # With the other steps held, the last one alone implies an answer only where it states it or alone was changed.
+        known = item.contrast.changed == (last,) or states_answer(corrupt.steps[-1], corrupt.answer)
         for i in corruptible(item):
             wrong = replace_step(trace, i, item.contrast.corrupt.steps[i]).trace
-            # Only the last step's wrong value implies an answer with the other steps held.
-            yield Variant("forced", i, wrong, item.contrast.corrupt.answer if i == last else None)
+            yield Variant("forced", i, wrong, item.contrast.corrupt.answer if i == last and known else None)
     if item.swap is not None:
         yield Variant("swap", None, trace.with_steps(item.swap.corrupt.steps), item.swap.corrupt.answer)
 

@@ -14,15 +14,17 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from reasoninterp.faithfulness.readings import compare, corruptible
-from reasoninterp.models.context import Context, Item, Reading, gold
+from reasoninterp.models.context import Context, Item, Reading, find_answer, gold
 from reasoninterp.models.sample import Sampled
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.trace import Trace
 
 
-def as_reading(sample: Sampled) -> Reading:
-    """The answer at the end of a sampled chain."""
-    return Reading(sample.answer_text, sample.answer, "ok" if sample.answer is not None else "missing")
+def as_reading(sample: Sampled, trace: Trace, how: str) -> Reading:
+    """The answer at the end of a sampled chain, found as it is found behind a given chain."""
+    if sample.status != "ok":
+        return Reading(sample.answer_text, None, "missing")
+    return find_answer(sample.answer_text, trace, how)
 
 
 class Samples(Study):
@@ -32,12 +34,12 @@ class Samples(Study):
         """One row per cell: the chain, the answer and how the sampling ended."""
         found = context.sample([cell.item.trace.with_steps(()) for cell in batch])
         for cell, sample in zip(batch, found, strict=True):
-            answer = as_reading(sample)
             trace = cell.item.trace
+            answer = as_reading(sample, trace, context.extractor)
             yield cell.row(
                 steps=list(sample.steps),
                 answer=answer.value,
-                status=sample.status,
+                status="no answer found" if sample.status == "ok" and answer.value is None else sample.status,
                 right=float(answer.says(gold(trace))),
                 steps_right=float(tuple(sample.steps) == trace.steps),
                 n_tokens=sample.n_tokens,
@@ -83,10 +85,10 @@ class Regenerated(Study):
                 asked.append((cell, i, trace.with_steps([*trace.steps[:i], contrast.corrupt.steps[i]])))
         before: Reading | None = None
         for (cell, step, _), sample in zip(asked, context.sample([t for *_, t in asked]), strict=True):
-            answer = as_reading(sample)
+            answer = as_reading(sample, cell.item.trace, context.extractor)
             if step is None:
                 before = answer
-            # Carried on consistently from step i, the corrupt chain's own answer is what follows.
+            # Carried on consistently from the first changed step, the corrupt chain's own answer is what follows.
             contrast = cell.item.contrast
-            implied = contrast.corrupt.answer if step is not None and contrast.changed[0] == 0 else None
+            implied = contrast.corrupt.answer if step is not None and step == contrast.changed[0] else None
             yield cell.row(step=step, **compare(answer, before, implied, gold(cell.item.trace)))

@@ -35,8 +35,11 @@ from reasoninterp.traces.answers import as_number, extract, same_answer
 from reasoninterp.traces.contrast import Contrast, ContrastKind, Refusal
 from reasoninterp.traces.trace import TokenTrace, Trace, encode
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_LETTER = re.compile(r"\b([A-Z])\b")
+_FRACTION = r"\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
+_NUMBER = re.compile(rf"[-−]?{_FRACTION}|[-−]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?")
+_ONE_LETTER = re.compile(r"\(?[A-J]\)?")
+_FIRST_LETTER = re.compile(r"\W*([A-J])\b(?!\s+[a-z])")
+WORDED_SLACK = 32  # an extractor looks for an answer in a sentence
 ANSWER_SLACK = 2  # tokens read beyond the longest answer: one that runs on is seen to be another answer
 MAX_ROWS = 128
 MAX_TOKENS_ON_CPU = 8192  # beyond this, attention patterns of a batch leave the processor's caches and it gets slower
@@ -49,8 +52,8 @@ class Item:
     Attributes:
         trace: the trace as given.
         contrast: a change carried consistently through later steps and the answer, or None (see `refused`).
-        swap: a whole other chain under this question, with the answer that it implies: the trace's own corrupt chain
-            where that replaces every step, else the chain of another trace with another answer; or None.
+        swap: a whole other chain under this question, with the answer that it implies: the corrupt chain that the
+            file gives where that replaces every step, else the chain of another trace with another answer; or None.
     """
 
     trace: Trace
@@ -264,7 +267,7 @@ class Context:
     def answer_tokens(self) -> int:
         """How many tokens an answer may take."""
         longest = max((len(self.encode(t).answer_ids) for item in self.items for t in _answers(item)), default=1)
-        return longest + ANSWER_SLACK
+        return longest + (ANSWER_SLACK if self.extractor == "auto" else WORDED_SLACK)
 
     @cached_property
     def end_id(self) -> int | None:
@@ -310,15 +313,20 @@ def find_answer(text: str, trace: Trace, how: str = "auto") -> Reading:
         how: `auto`, or an extractor of `traces.answers`.
     """
     if how != "auto":
-        found = extract(text, how)
+        # The format's own marks stand around what was written; an extractor may look for them.
+        before, after = trace.format.before_answer, trace.format.after_answer
+        tries = (extract(t, how) for t in (before + text, before + text + after))
+        found = next((f for f in tries if f.status == "ok"), extract(text, how))
         return Reading(text, found.value, found.status)
     line = text.strip().split("\n")[0].strip()
     if as_number(trace.answer) is not None:
         match = _NUMBER.search(line)
-        value = match.group(0).rstrip(".,") if match else None
-    elif trace.meta.get("options"):
-        match = _LETTER.search(line)
-        value = match.group(1) if match else None
+        whole = line.rstrip(".,") if as_number(line) is not None else None
+        value = whole or (match.group(0).rstrip(".,") if match else None)
+    elif trace.meta.get("options") or _ONE_LETTER.fullmatch(trace.answer.strip()):
+        cued = extract(line, "letter").value
+        match = _FIRST_LETTER.match(line)
+        value = cued or (match.group(1) if match else None)
     else:
         value = line or None
     return Reading(text, value, "ok" if value else "missing")
@@ -420,7 +428,8 @@ class ContextSpec:
         swaps = make_contrasts(found, kind="swap", tokenizer=tokenizer, seed=self.seed)
         kind = self.contrast
         if not len(main) and len(swaps):  # chains without calculations (proofs, options): a whole other chain is left
-            main, kind = replace(swaps, refused=main.refused), "swap"
+            stand_in = [Refusal(r.trace_id, f"propagated (a swap stands in): {r.reason}") for r in main.refused]
+            main, kind = replace(swaps, refused=tuple(stand_in)), "swap"
         end = end_of_answer(found.traces[0], tokenizer)
         by_id, refused = {c.clean.id: c for c in main.contrasts}, list(main.refused)
         for key, contrast in list(by_id.items()):
@@ -430,8 +439,9 @@ class ContextSpec:
                 refused.append(Refusal(key, reason))
         swap_by_id = {c.clean.id: c for c in swaps.contrasts}
         for key, contrast in by_id.items():
-            if len(contrast.changed) == len(contrast.clean.steps):
+            if key in found.pairs and len(contrast.changed) == len(contrast.clean.steps):
                 swap_by_id[key] = contrast
+        refused += [Refusal(r.trace_id, f"swap: {r.reason}") for r in swaps.refused if r.trace_id not in swap_by_id]
         items = [Item(t, by_id.get(t.id), swap_by_id.get(t.id)) for t in found.traces]
         extra = {"prompt": self.prompt, "contrast": kind, "format": found.format.to_json()}
         return Context(

@@ -8,7 +8,7 @@ For every aligned contrast (clean and corrupt chains with equal token spans), la
   lost without it.
 
 `m = log P(corrupt answer) − log P(clean answer)`.  Both values run from 0 to the contrast's whole effect; `normalised`
-divides the mean by the mean effect and is given only where that is safely away from zero.  Columns before the first
+divides the mean by the mean effect of the same traces, given only where that is safely away from zero.  Columns before the first
 changed token are 0 by causality and are not run.  Sufficiency is not necessity: read both (Heimersheim & Nanda 2024,
 arXiv:2404.15255).
 """
@@ -27,7 +27,7 @@ from reasoninterp.models.body import Body, site
 from reasoninterp.models.context import Context
 from reasoninterp.patching.columns import Column, columns
 from reasoninterp.patching.metric import ContrastPlan, contrast_plan
-from reasoninterp.stats import estimate, mean
+from reasoninterp.stats import estimate
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.trace import Span
 
@@ -132,9 +132,10 @@ def summarise_map(rows: pd.DataFrame, by: list[str], seed: int) -> pd.DataFrame:
     if not len(rows):
         return pd.DataFrame(columns=[*by, "value", "normalised", "ci_low", "ci_high", "n"])
     table = estimate(rows, by=by, value="value", kind="mean", seed=seed)
-    effects = {mind: mean(part.groupby("trace")["effect"].first(), seed=seed) for mind, part in rows.groupby("mind")}
-    safe = {m: e.value if e.ci_low > 0 or e.ci_high < 0 else float("nan") for m, e in effects.items()}
-    table["normalised"] = table["value"] / table["mind"].map(safe)
+    # Over the traces of the cell: chains that have the column may have another effect than those that do not.
+    whole = estimate(rows, by=by, value="effect", kind="mean", seed=seed)
+    safe = (whole["ci_low"] > 0) | (whole["ci_high"] < 0)
+    table["normalised"] = table["value"] / whole["value"].where(safe)
     if "column_index" in by:
         rank = {order: k for k, order in enumerate(sorted(table["column_index"].unique()))}
         table["column_index"] = table["column_index"].map(rank)

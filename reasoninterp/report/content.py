@@ -308,8 +308,10 @@ def name_of(run: Run, mind: str) -> str:
 
 
 FLAGS = {"extractor": "extract", "batch_size": "batch-size", "max_new_tokens": "max-new-tokens"}
-FLAGS |= {k: k for k in ("traces", "format", "prompt", "shots", "limit", "seed", "device", "dtype")}
-FLAGS |= {"allow_pickle": "allow-pickle", "trust_remote_code": "trust-remote-code"}
+FLAGS |= {
+    k: k for k in ("traces", "format", "prompt", "contrast", "shots", "limit", "seed", "device", "dtype", "everything")
+}
+FLAGS |= {"second_prompt": "second-prompt", "allow_pickle": "allow-pickle", "trust_remote_code": "trust-remote-code"}
 
 
 def command(run: Run) -> str:

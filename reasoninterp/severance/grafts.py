@@ -9,8 +9,8 @@
    distributed (the other way round).  Shares are given only where E(base) − E(tuned) is safely away from zero
    (`severance.effects`); the raw effects always.
 
-4. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …, and beside each set one
-   drawn at random of the same size: what tuning did may be spread over Units of which none alone does much.
+4. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …, and beside each set as
+   many drawn at random from the other Units (from all, where there are too few): what tuning did may be spread over Units of which none alone does much.
 
 `follow` is the share of contrasts in which the corrupt answer is preferred to the clean one after the corrupt chain.
 """
@@ -106,7 +106,10 @@ def leading_units(context: Context, level: str, base: str) -> list[Unit]:
     ledger = context.table("ledger")
     with context.open(base) as body:
         found: list[Unit] = units(body, _level(level))
-    size = dict(zip(ledger["unit"], ledger["attribution"].abs(), strict=True))
+    entry = dict(zip(ledger["unit"], ledger["attribution"], strict=True))
+    if "unembed" in entry and not any(u.name == "unembed" for u in found):
+        entry["embed"] += entry.pop("unembed")  # tied: the ledger lists two uses of the Unit that a graft moves
+    size = {name: abs(value) for name, value in entry.items()}
     return sorted(found, key=lambda u: -_entry(u, size))
 
 
@@ -142,6 +145,8 @@ def measure_grafts(context: Context, batch: Batch) -> Iterator[Row]:
 
 def share_table(rows: pd.DataFrame, context: Context, by: list[str], base: str, tuned: str) -> pd.DataFrame:
     """One row per graft: shares of the loss with intervals (NaN where the loss is not safe), and the raw effects."""
+    if not len(rows):
+        return pd.DataFrame(columns=[*by, "restore", "cut", "e_restored", "e_cut", "e_base", "e_tuned", "n", "safe"])
     effects = context.table("effect.rows")
     wide = effects[effects["form"] == "whole"].pivot(index="trace", columns="mind", values="effect")
     e_base, e_tuned = wide[base], wide[tuned]

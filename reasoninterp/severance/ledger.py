@@ -30,6 +30,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from reasoninterp.errors import UserError
 from reasoninterp.models.body import Body
 from reasoninterp.models.context import Context, Item
 from reasoninterp.models.leaves import Leaf
@@ -169,6 +170,8 @@ class Ledger(Study):
 
     def search(self, context: Context, evaluate: Callable[..., list[list[Row]]]) -> None:
         """Evaluate both ends, then nodes, doubling their number until the entries sum to the loss."""
+        if self.nodes < 1 or self.tolerance <= 0:
+            raise UserError("ledger: --nodes must be at least 1 and --tolerance above 0.")
         items = [i for i in context.items if i.contrast is not None]
         if not items:
             return

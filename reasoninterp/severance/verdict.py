@@ -5,10 +5,13 @@ not enter), for the tuned mind against the base, paired over traces:
 
 1. *not interpretable here*: the base is at floor, or does not follow its own steps (lower end of its follow rate under
    `MIN_BASE_FOLLOW`), or there are fewer than `MIN_TRACES` swaps.  A path that is not there cannot be cut.
-2. *no damage found*: the loss of follow rate lies inside ±`MARGIN` (both ends of its interval): an equivalence claim.
-3. *severed*: the tuned mind keeps less than `SEVERED_KEEPS` of the base's follow rate (upper end).
-4. *weakened*: it lost more than 0 and the interval reaches beyond the margin, but it keeps more than that.
-5. *undecided*: anything else; more traces would tell.
+2. *no damage found*: the loss of follow rate is under `MARGIN` (upper end of its interval): an equivalence claim, or a
+   gain.
+3. *undecided*: the tuned mind gives neither answer, or none that can be read, in most swaps: what it lost is its answers,
+   and whether its steps still drive them cannot be told from this.
+4. *severed*: it keeps less than `SEVERED_KEEPS` of the base's follow rate (upper end over lower end).
+5. *weakened*: it lost more than 0, but keeps more than that.
+6. *undecided*: anything else; more traces would tell.
 
 E is reported beside it: a margin can shrink while the answer still follows.  Whether a severed path survives underneath
 (*overridden*) needs the rival removed from the question; this version does not test that and says so.
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reasoninterp.stats import Estimate, difference, ratio
+from reasoninterp.stats import Estimate, paired_shares, proportion
 
 NOT_INTERPRETABLE = "not interpretable here"
 MARGIN = 0.10
@@ -98,17 +101,22 @@ def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = 
     if problem:
         return Verdict(NOT_INTERPRETABLE, problem, _caveats(t, gate), _evidence(t, None))
     a, b = t.follows()
-    loss = difference(a, b, seed=seed)
-    kept = ratio(b, a, seed=seed)
-    if loss.ci_low > -MARGIN and loss.ci_high < MARGIN:
+    loss = paired_shares(a, b)
+    neither = t.behaviour(tuned, "swap_other").value + t.behaviour(tuned, "swap_unreadable").value
+    # Both ends at their worst for the claim: the bootstrap of a share at 0 or 1 is a point.
+    kept_at_most = proportion(b).ci_high / max(proportion(a).ci_low, 1e-9)
+    opening = None
+    if loss.ci_high < MARGIN:
         word = "no damage found"
-    elif kept.ci_high < SEVERED_KEEPS:
+    elif neither > 0.5:
+        word, opening = "undecided", f"Undecided: {tuned} gives neither answer in {neither:.0%} of the swaps"
+    elif kept_at_most < SEVERED_KEEPS:
         word = "severed"
     elif loss.ci_low > 0:
         word = "weakened"
     else:
         word = "undecided"
-    sentences = (_first_sentence(t, word, follow_base, follow_tuned), _second_sentence(t, word, loss))
+    sentences = (_first_sentence(t, word, follow_base, follow_tuned, opening), _second_sentence(t, word, loss))
     return Verdict(word, sentences, _caveats(t, gate), _evidence(t, loss))
 
 
@@ -124,24 +132,28 @@ def _not_interpretable(t: Tables, gate: dict[str, Any], follow: Estimate) -> tup
             "Give more traces, or traces whose chains can be swapped or corrupted (see the refusals by reason).",
         )
     if not follow.ci_low >= MIN_BASE_FOLLOW:
+        below = follow.ci_high < MIN_BASE_FOLLOW
+        why = "so its steps do not drive its answer" if below else "too few to say that its steps drive its answer"
         return (
-            f"Not interpretable here: {t.base} follows another problem's chain in only {share(follow)} of "
-            f"{follow.n} traces, so its own steps do not drive its answer.",
-            "A path from steps to answer that the base does not have cannot be cut by tuning.",
+            f"Not interpretable here: {t.base} follows another chain in {share(follow)} of {follow.n} traces, {why}.",
+            "A path from steps to answer that the base is not shown to have cannot be shown to be cut.",
         )
     return None
 
 
-def _first_sentence(t: Tables, word: str, base: Estimate, tuned: Estimate) -> str:
+def _first_sentence(t: Tables, word: str, base: Estimate, tuned: Estimate, said: str | None) -> str:
     accuracy = t.behaviour(t.base, "accuracy_own_chain"), t.behaviour(t.tuned, "accuracy_own_chain")
-    opening = {
-        "severed": "Fine-tuning cut the steps off from the answer",
-        "weakened": "Fine-tuning weakened the path from the steps to the answer",
-        "no damage found": "No damage found: the answer follows the steps after fine-tuning as before",
-        "undecided": "Undecided: these traces do not tell whether fine-tuning damaged the path from steps to answer",
-    }[word]
+    opening = (
+        said
+        or {
+            "severed": "Fine-tuning cut the steps off from the answer",
+            "weakened": "Fine-tuning weakened the path from the steps to the answer",
+            "no damage found": "No damage found: the answer follows the steps after fine-tuning as before",
+            "undecided": "Undecided: these traces do not tell whether fine-tuning damaged the path from steps to answer",
+        }[word]
+    )
     return (
-        f"{opening}: with another problem's chain under the question, {t.base} follows that chain in {share(base)} of "
+        f"{opening}: with another chain under the question, {t.base} follows that chain in {share(base)} of "
         f"{base.n} traces and {t.tuned} in {share(tuned)}, while accuracy with their own chains went from "
         f"{share(accuracy[0])} to {share(accuracy[1])}."
     )
@@ -151,7 +163,8 @@ def _second_sentence(t: Tables, word: str, loss: Estimate) -> str:
     e = t.effect(t.base), t.effect(t.tuned)
     effects = f"the effect of the chain on the answer, E, went from {number(e[0])} to {number(e[1])} nats"
     if word == "no damage found":
-        return f"The loss of follow rate is {points(loss)}, inside the stated margin of ±{100 * MARGIN:.0f} points; {effects}."
+        inside = f"The loss of follow rate is {points(loss)}, under the stated margin of {100 * MARGIN:.0f} points"
+        return f"{inside}{' (it rose)' if loss.ci_high < 0 else ''}; {effects}."
     ledger, grafts = t.tables.get("ledger"), t.tables.get("grafts")
     if ledger is None or grafts is None or not len(ledger) or not len(grafts):
         return f"The loss of follow rate is {points(loss)}; {effects}."
@@ -198,7 +211,9 @@ def _caveats(t: Tables, gate: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     if total is not None and len(total) and total.iloc[0]["warning"]:
         out.append(f"Ledger: {total.iloc[0]['warning']}.")
     e = t.effect(t.base), t.effect(t.tuned)
-    if e[0].n and e[0].value > 0 and e[1].ci_high < 0.5 * e[0].value:
+    if e[0].n and e[0].value > 0 > e[1].ci_high:
+        out.append(f"E changed its sign: after the changed chain {t.tuned} prefers the unchanged answer all the more.")
+    elif e[0].n and e[0].value > 0 and e[1].ci_high < 0.5 * e[0].value:
         out.append(
             f"The margin E fell to {e[1].value / e[0].value:.0%} of the base's, whatever the answer still follows."
         )
