@@ -152,3 +152,10 @@ def test_bisection_brackets_the_crossing(runs):
     assert rate[crossing["above_at"]] >= 0.5 > rate[crossing["below_at"]]
     assert list(path["alpha"][:3]) == [0.0, 1.0, 0.5]
     assert path["alpha"][3] == (0.25 if rate[0.5] < 0.5 else 0.75)
+
+
+@pytest.mark.parametrize("name", ["shuffled_steps.py", "blend_threshold.py"])
+def test_the_readme_shows_the_studies_as_they_are(name: str) -> None:
+    root = Path(__file__).resolve().parents[1]
+    code = (root / "experiments" / "studies" / name).read_text().rstrip()
+    assert f"```python\n{code}\n```" in (root / "README.md").read_text()
