@@ -149,11 +149,11 @@ def compare(
     with contextlib.closing(run):
         for name in BEHAVIOUR:
             run_study(study_named(name)(), context, run, quiet=quiet, executor=executor, figures=False)
-        verdict = decide(verdict_tables(run), seed=spec.seed)
+        verdict = decide(verdict_tables(run))
         if everything or verdict.word != NOT_INTERPRETABLE:
             for name in INTERNALS:
                 run_study(study_named(name)(), context, run, quiet=quiet, executor=executor, figures=False)
-            verdict = decide(verdict_tables(run), seed=spec.seed)
+            verdict = decide(verdict_tables(run))
         else:
             note = (
                 "Maps, ledger and grafts were not run, since nothing they say could be read (--everything runs them)."
@@ -186,7 +186,7 @@ def _repeat(verdict: Verdict, again: ContextSpec | None, other: Context | None, 
     with contextlib.closing(inner):
         for name in BEHAVIOUR:
             run_study(study_named(name)(), other, inner, quiet=quiet, figures=False)
-        second = decide(verdict_tables(inner), seed=again.seed)
+        second = decide(verdict_tables(inner))
         run.save_table("second_prompt", inner.table("behaviour").assign(prompt=again.prompt))
     agrees = "the same word" if second.word == verdict.word else f"another word, '{second.word}'"
     note = f"Under a second prompt form ({again.prompt}) the deciding test gives {agrees}: {second.sentences[0]}"

@@ -63,8 +63,8 @@ class Verdict:
 class Tables:
     """The tables a verdict reads, with the few look-ups it needs."""
 
-    def __init__(self, tables: dict[str, pd.DataFrame], base: str, tuned: str, seed: int = 0) -> None:
-        self.tables, self.base, self.tuned, self.seed = tables, base, tuned, seed
+    def __init__(self, tables: dict[str, pd.DataFrame], base: str, tuned: str) -> None:
+        self.tables, self.base, self.tuned = tables, base, tuned
 
     def behaviour(self, mind: str, test: str) -> Estimate:
         """A number of the behaviour table; n = 0 where it is not there."""
@@ -92,9 +92,9 @@ class Tables:
         return wide[self.base].to_numpy(dtype=float), wide[self.tuned].to_numpy(dtype=float)
 
 
-def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = "tuned", seed: int = 0) -> Verdict:
+def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = "tuned") -> Verdict:
     """The verdict from the tables `behaviour`, `gate`, `readings`, `effect` and, if there, `ledger*` and `grafts`."""
-    t = Tables(tables, base, tuned, seed)
+    t = Tables(tables, base, tuned)
     gate = {row["mind"]: row for row in tables["gate"].to_dict("records")}
     follow_base, follow_tuned = t.behaviour(base, "swap_follow"), t.behaviour(tuned, "swap_follow")
     problem = _not_interpretable(t, gate[base], follow_base)
