@@ -231,3 +231,144 @@ def matrix_intervals(values: NDArray[np.float64], *, seed: int = 0) -> tuple[NDA
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
     return low, high
+
+
+# ---------------------------------------------------------------------------------------------- tests and corrections
+
+EXACT_MAX_N = 14  # up to here, all sign patterns are fewer than the draws
+N_PERMUTATIONS = 9999
+
+
+def sign_flip_pvalues(values: NDArray[np.float64], *, seed: int = 0) -> NDArray[np.float64]:
+    """Two-sided sign-flip permutation p-values that the mean over traces is zero, for many columns at once.
+
+    The null: each trace's effect is as likely to be `-x` as `x`.  With at most `EXACT_MAX_N` traces all sign patterns
+    are counted and p is exact (never below `2 / 2**n`); with more, `N_PERMUTATIONS` patterns are drawn, the same for
+    every column, and `p = (hits + 1) / (N_PERMUTATIONS + 1)`.  A tie counts as a hit.  The definition is that of
+    `transformer_lens.utilities.statistics.sign_flip_permutation_pvalue`; as one product of matrices it is some ten
+    times faster, and this module stays free of torch.
+
+    Only for signed effects: a quantity that cannot be negative (a KL divergence) has no such null.
+
+    Args:
+        values: `[trace, column]`; NaN where a trace has no such effect (left out of its column).
+        seed: seed of the drawn patterns.
+
+    Returns:
+        `[column]`; NaN for a column without values.
+    """
+    x = np.asarray(values, dtype=float)
+    present = ~np.isnan(x)
+    out = np.full(x.shape[1], np.nan)
+    # Columns of the same traces share their sign patterns.
+    kinds, kind_of = np.unique(present, axis=1, return_inverse=True)
+    for k, rows in enumerate(kinds.T):
+        if not rows.any():
+            continue
+        at = np.flatnonzero(kind_of.reshape(-1) == k)
+        signs, drawn = _sign_patterns(int(rows.sum()), seed)
+        for some in np.array_split(at, 1 + len(at) // 256):
+            block = x[np.ix_(rows, some)]
+            observed = np.abs(block.sum(0))
+            slack = observed * (100 * np.finfo(float).eps)  # sums in another order differ in their last digits
+            hits = (np.abs(signs @ block) >= observed - slack).sum(0)
+            out[some] = (hits + drawn) / (len(signs) + drawn)
+    return out
+
+
+def _sign_patterns(n: int, seed: int) -> tuple[NDArray[np.float64], int]:
+    """Sign patterns `[pattern, trace]`, and 1 where they were drawn at random, 0 where these are all of them."""
+    if n <= EXACT_MAX_N:
+        # A pattern and its opposite tie in a two-sided test, so the first sign can stay.
+        bits = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
+        return 1.0 - 2.0 * bits.astype(np.float64), 0
+    rng = np.random.default_rng(derive_seed(seed, "sign-flip", n))
+    return 2.0 * rng.integers(0, 2, size=(N_PERMUTATIONS, n)).astype(np.float64) - 1.0, 1
+
+
+def corrected(p: ArrayLike, method: str = "bh") -> NDArray[np.float64]:
+    """p-values corrected for the number of tests; NaN (not tested) stays NaN and does not count.
+
+    Args:
+        p: p-values of one family of tests.
+        method: `"bh"` (Benjamini and Hochberg: bounds the share of false discoveries) or `"holm"` (Holm: bounds the
+            chance of any).
+
+    Raises:
+        ValueError: another method.
+    """
+    from scipy.stats import false_discovery_control
+
+    if method not in ("bh", "holm"):
+        raise ValueError(f"correction {method!r}: not one of bh, holm")
+    out = np.array(p, dtype=float)
+    real = ~np.isnan(out)
+    found = out[real]
+    if not len(found):
+        return out
+    if method == "bh":
+        out[real] = false_discovery_control(found, method="bh")
+        return out
+    order = np.argsort(found, kind="stable")
+    steps = np.maximum.accumulate(found[order] * np.arange(len(found), 0, -1))
+    found[order] = np.minimum(steps, 1.0)
+    out[real] = found
+    return out
+
+
+def effect_sizes(
+    rows: pd.DataFrame,
+    by: Sequence[str],
+    value: str,
+    *,
+    family: Sequence[str] = (),
+    over: str = "trace",
+    seed: int = 0,
+    correction: str = "bh",
+) -> pd.DataFrame:
+    """`estimate` of a mean with its standardised size and its p-value, effect sizes first.
+
+    Rows of the same trace within a group are averaged first: the trace is what is resampled and what is flipped.
+
+    Args:
+        rows: raw rows, one effect each, signed (see `sign_flip_pvalues`: not for a KL divergence).
+        by: columns that make a group, e.g. `["mind", "layer", "head"]`.
+        value: the column of effects; NaN is left out.
+        family: those columns of `by` within which p-values are corrected together: `["mind"]` corrects over layers and
+            heads within each mind.  Empty: all groups are one family.
+        over: the unit that is resampled and flipped.
+        seed: seed of both.
+        correction: `"bh"` or `"holm"` (see `corrected`).
+
+    Returns:
+        One row per group: `by`, `value, ci_low, ci_high, n, method, d, p, p_corrected`.  `d` is the mean over traces
+        divided by their standard deviation (NaN for one trace, or where all agree).
+
+    Raises:
+        UserError: no such column, or a column of `family` that is not in `by`.
+    """
+    extra = [name for name in family if name not in by]
+    if extra:
+        raise UserError(
+            f"effect_sizes: family names {extra[0]!r}, which is none of the columns of by: {', '.join(by)}."
+        )
+    table = estimate(rows, by=by, value=value, over=over, kind="mean", seed=seed)
+    wide = _per_unit(rows, list(by), value, over)
+    n, average = table["n"].to_numpy(), table["value"].to_numpy(float)
+    with np.errstate(all="ignore"):
+        spread = np.sqrt(np.nansum((wide - average) ** 2, axis=0) / (n - 1))
+        table["d"] = np.where(spread > 1e-12 * np.abs(average), average / spread, np.nan)
+    table["p"] = sign_flip_pvalues(wide, seed=seed)
+    families = table.groupby(list(family), sort=False, dropna=False).ngroup() if family else pd.Series(0, table.index)
+    table["p_corrected"] = table.groupby(families)["p"].transform(lambda p: corrected(p, correction))
+    return table
+
+
+def _per_unit(rows: pd.DataFrame, by: list[str], value: str, over: str) -> NDArray[np.float64]:
+    """`[unit, group]`: means of each unit's rows within each group, groups in order of appearance; NaN where none."""
+    frame = pd.DataFrame({"group": rows.groupby(by, sort=False, dropna=False).ngroup() if by else 0}, index=rows.index)
+    frame["value"] = pd.to_numeric(rows[value]).astype(float)
+    # Where units have no names, every row is one.
+    frame["unit"] = pd.factorize(rows[over])[0] if over in rows.columns else frame.groupby("group").cumcount()
+    wide = frame.groupby(["unit", "group"])["value"].mean().unstack("group")
+    return wide.to_numpy(float)
