@@ -127,7 +127,7 @@ class Body:
             UserError: more tokens than the network has positions.
         """
         ids = ids.to(self.device)
-        self._check_length(ids, past)
+        self.check_length(ids.shape[1] + (past.get_seq_length() if past is not None else 0))
         attention_mask = attention_mask.to(self.device) if attention_mask is not None else None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
@@ -166,6 +166,28 @@ class Body:
         for (name, _), count in zip(hooks, counts, strict=True):
             if count != n_forwards:
                 raise RuntimeError(f"the hook at {name} fired {count} times in {n_forwards} forward passes")
+
+    def logits(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of a last residual stream, over the vocabulary that all minds share; without a graph."""
+        with torch.no_grad():
+            out: Tensor = self._bridge.unembed(self._bridge.ln_final(hidden))
+        return out[..., : self.n_vocab_shared]
+
+    @contextmanager
+    def block_hooks(self, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+        """Hooks for one pass of the blocks they sit in, driven one by one (`models.packed`); each must fire once.
+
+        Raises:
+            RuntimeError: one fired more or less often.
+            KeyError: no such site.
+        """
+        counts = [0] * len(hooks)
+        wrapped = [(name, self._counted(name, f, counts, i)) for i, (name, f) in enumerate(hooks)]
+        with self._bridge.hooks(fwd_hooks=wrapped):
+            yield
+        for (name, _), count in zip(hooks, counts, strict=True):
+            if count != 1:
+                raise RuntimeError(f"the hook at {name} fired {count} times in one pass of its block")
 
     def cache(
         self, ids: Int[Tensor, "row pos"], names: Iterable[str], *, attention_mask: Tensor | None = None
@@ -214,8 +236,8 @@ class Body:
         finally:
             handle.remove()
 
-    def _check_length(self, ids: Tensor, past: Any) -> None:
-        length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
+    def check_length(self, length: int) -> None:
+        """Raise a UserError where a sequence has more tokens than the network has positions."""
         if self.max_positions is not None and length > self.max_positions:
             raise UserError(
                 f"A sequence of {length} tokens does not fit the model's {self.max_positions} positions; "
