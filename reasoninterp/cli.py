@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import types
 import typing
@@ -61,6 +62,26 @@ class Batch(click.ParamType):
         return int(value)
 
 
+class Memory(click.ParamType):
+    """A size of memory: a number with or without a unit, such as `8GiB` or `500MB`."""
+
+    name = "SIZE"
+    units = {"": 1, "B": 1} | {
+        f"{p}{b}": (1024 if b == "iB" else 1000) ** k for b in ("B", "iB") for k, p in enumerate("KMGT", 1)
+    }
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        """Bytes."""
+        if value is None or isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip(), re.IGNORECASE)
+        known = {unit.lower(): size for unit, size in self.units.items()}
+        n = int(float(found[1]) * known[found[2].lower()]) if found and found[2].lower() in known else 0
+        if n < 1:
+            self.fail(f"{value!r} is no size of memory such as 8GiB or 500MB.")
+        return n
+
+
 def reading_options(minds: bool = True) -> Callable[[Any], Any]:
     """The options of everything that reads traces with minds."""
     options = [
@@ -110,6 +131,11 @@ def reading_options(minds: bool = True) -> Callable[[Any], Any]:
             click.option("--out", required=True, help="Directory of the run."),
             click.option(
                 "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, each with a body."
+            ),
+            click.option(
+                "--memory",
+                type=Memory(),
+                help="What a sweep may take beside the weights, as 8GiB; default: half of what is free.",
             ),
             *options,
         ]
@@ -187,6 +213,7 @@ def make_spec(options: dict[str, Any]) -> Any:
         device=options["device"],
         dtype=options["dtype"],
         batch_size=options["batch_size"],
+        memory_budget=options["memory"],
         allow_pickle=options["allow_pickle"],
         trust_remote_code=options["trust_remote_code"],
     )

@@ -27,6 +27,7 @@ import pandas as pd
 from reasoninterp.errors import UserError
 from reasoninterp.executors import Executor, ProcessExecutor
 from reasoninterp.models.context import Context, ContextSpec, Item
+from reasoninterp.patching.budget import plan_study
 from reasoninterp.running import Result, run_study
 from reasoninterp.runs import Run
 from reasoninterp.severance.verdict import NOT_INTERPRETABLE, Verdict, decide
@@ -237,6 +238,7 @@ def plan(spec: ContextSpec, *, quiet: bool = False) -> list[str]:
         f"({about['n_aligned']} aligned), {about['n_swaps']} swaps",
         *(f"refused      {count} × {reason}" for reason, count in about["refused"].items()),
         f"memory       {whole.minds.plan()}; {whole.rows} rows in a forward pass",
+        *(f"sweep        {line}" for name in INTERNALS for line in sweep_lines(whole, study_named(name)())),
     ]
     total = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -250,6 +252,12 @@ def plan(spec: ContextSpec, *, quiet: bool = False) -> list[str]:
                 lines.append(f"time         {name:<12} about {result.seconds * scale:7.1f} s")
     lines.append(f"time         in all       about {total:7.1f} s, measured on {len(few.items)} traces")
     return lines
+
+
+def sweep_lines(context: Context, study: Study) -> list[str]:
+    """What a study that sweeps will take, line by line; none for others."""
+    found = plan_study(context, study)
+    return [] if found is None else [f"{study.name:<12} {line}" for line in found.describe()]
 
 
 def summary(runs: Sequence[Run], report: Path) -> list[str]:

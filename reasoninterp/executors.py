@@ -46,11 +46,13 @@ class SerialExecutor:
                     try:
                         rows = list(study.measure(context, batch))
                     except Exception as error:
-                        if not is_out_of_memory(error) or len(batch) == 1:
+                        # A single cell is tried again for as long as the context can make do with less.
+                        if not is_out_of_memory(error) or (len(batch) == 1 and not context.shrink()):
                             raise
                     if rows is None:  # here, not in the handler: the traceback holds on to what filled the memory
-                        size = len(batch) // 2
-                        context.shrink()
+                        if len(batch) > 1:
+                            context.shrink()
+                        size = max(1, len(batch) // 2)
                         pending.insert(0, batch)
                         continue
                     yield batch, rows, time.perf_counter() - began

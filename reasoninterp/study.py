@@ -139,6 +139,10 @@ class Study:
         """A figure, or several by name; by default none."""
         return None
 
+    def batch_size(self, context: Any) -> int | None:
+        """How many cells to measure at once, to begin with; by default (None) as many as the context finds right."""
+        return None
+
     def parameters(self) -> dict[str, Any]:
         """The parameters' values by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from reasoninterp.cli import main
+from reasoninterp.cli import Memory, main
 from tests.tiny import save_lora, save_tiny, save_tuned, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -134,7 +135,7 @@ def test_plan_says_what_is_to_come_and_leaves_nothing(
 ) -> None:
     main(compare(home, tmp_path / "run", "--plan"))
     said = capsys.readouterr().out
-    for word in ("traces", "memory", "time", "contrasts"):
+    for word in ("traces", "memory", "time", "contrasts", "sweep        residual", "sweep        heads", "GFLOP"):
         assert word in said
     assert not (tmp_path / "run").exists()
 
@@ -190,6 +191,37 @@ def test_an_adapter_is_compared_with_its_base(home: Path, tmp_path: Path, capsys
     main(["run", "effect", *compare(home, tmp_path / "run", tuned=str(tmp_path / "adapter"))[1:]])
     table = pd.read_parquet(tmp_path / "run" / "tables" / "effect.parquet").set_index(["mind", "measure"])["value"]
     assert table["base", "E"] != table["tuned", "E"]
+
+
+@pytest.mark.parametrize("size", ["8 gallons", "-1GiB", "0", "GiB", "nan", "1e3MB", "0.0001KB", ""])
+@pytest.mark.parametrize("command", [["compare"], ["run", "residual"]])
+def test_a_wrong_size_of_memory(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], size: str
+) -> None:
+    sentence = fails([*command, *compare(home, tmp_path / "run", "--memory", size)[1:]], capsys)
+    assert "--memory" in sentence and "8GiB" in sentence and repr(size) in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_of_memory() -> None:
+    read = [Memory().convert(text, None, None) for text in ("8GiB", "1.5 gib", "500MB", "2kib", "7", "1 TB")]
+    assert read == [8 << 30, 3 << 29, 500_000_000, 2048, 7, 10**12]
+
+
+def test_a_sweep_that_does_not_fit_says_how_much_it_needs(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        compare(home, tmp_path / "run", "--plan"),
+        ["run", "residual", *compare(home, tmp_path / "run")[1:]],
+    ):
+        sentence = fails([*arguments, "--memory", "20kB"], capsys)
+        assert "--memory 19.5 KiB" in sentence and "needs" in sentence and "give that much" in sentence
+    main(["run", "residual", *compare(home, tmp_path / "whole", "--memory", "1GiB")[1:]])
+    main(["run", "residual", *compare(home, tmp_path / "tight", "--memory", "500kB")[1:]])
+    tables = [pd.read_parquet(tmp_path / name / "tables" / "residual.parquet") for name in ("whole", "tight")]
+    assert tables[0]["value"].abs().max() > 1e-3
+    np.testing.assert_allclose(tables[0]["value"], tables[1]["value"], atol=1e-5)
 
 
 def test_other_wrong_input(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

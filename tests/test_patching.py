@@ -13,8 +13,9 @@ from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import Minds
 from reasoninterp.patching.columns import columns
 from reasoninterp.patching.heads import Heads
-from reasoninterp.patching.metric import contrast_plan
-from reasoninterp.patching.residual import DIRECTIONS, SIDES, Residual, patched_margins, span_mask
+from reasoninterp.patching.metric import DIRECTIONS, SIDES, contrast_plan
+from reasoninterp.patching.plain import patched_margins, span_mask
+from reasoninterp.patching.residual import Residual
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
 from reasoninterp.traces.contrast import contrast

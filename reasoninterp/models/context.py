@@ -42,6 +42,10 @@ _FIRST_LETTER = re.compile(r"\W*([A-J])\b(?!\s+[a-z])")
 WORDED_SLACK = 32  # an extractor looks for an answer in a sentence
 ANSWER_SLACK = 2  # tokens read beyond the longest answer: one that runs on is seen to be another answer
 MAX_ROWS = 128
+MAX_ENCODED = 4096
+SWEEP_TOKENS_ON_CPU, SWEEP_TOKENS = 4096, 65536  # tokens of patched rows at once
+LEAST_SWEEP_TOKENS = 64  # fewer take longer and save next to nothing
+SWEEP_SHARE = 0.5  # of the free memory, which a sweep may take unless a budget is given
 MAX_TOKENS_ON_CPU = 8192  # beyond this, attention patterns of a batch leave the processor's caches and it gets slower
 
 
@@ -101,6 +105,7 @@ class Context:
         seed: the run's seed.
         refused: traces from which no contrast could be made, with the reason.
         rows: most rows in one forward pass; chosen from the memory that is free if None.
+        memory_budget: bytes that a sweep may take beside the weights; half of what is free if None.
         run: the run whose tables `table(name)` reads.
         extra: further values on which the numbers depend (prompt, extractor).
     """
@@ -113,6 +118,7 @@ class Context:
         seed: int = 0,
         refused: Sequence[Refusal] = (),
         rows: int | None = None,
+        memory_budget: int | None = None,
         extractor: str = "auto",
         max_new_tokens: int = 256,
         run: Run | None = None,
@@ -126,8 +132,13 @@ class Context:
         self.max_new_tokens = max_new_tokens
         self.run = run
         self.extra = dict(extra or {})
+        self._encoded: dict[Any, TokenTrace] = {}
+        self.memo: dict[Any, Any] = {}  # what a room computes once for all batches, by keys of its own
         self.rows = rows or self._auto_rows()
+        self.memory_budget = memory_budget
         self._body: Body | None = None
+        self._most_tokens = SWEEP_TOKENS_ON_CPU if minds.body.device.type == "cpu" else SWEEP_TOKENS
+        self._sweep_tokens = self._most_tokens
 
     # ------------------------------------------------------------------ what the runner asks
 
@@ -177,12 +188,32 @@ class Context:
         }
 
     def batch_size(self, study: Study) -> int:
-        """Cells measured at once, to begin with."""
-        return self.rows
+        """Cells measured at once, to begin with: what the study asks for, else the rows of a forward pass."""
+        self._sweep_tokens = self._most_tokens
+        return study.batch_size(self) or self.rows
 
-    def shrink(self) -> None:
-        """Halve the rows of one forward pass (the runner calls this when memory ran out)."""
+    def set_sweep_tokens(self, n: int) -> None:
+        """Let sweeps run at most `n` tokens at once, until another study begins."""
+        self._sweep_tokens = min(n, self._most_tokens)
+
+    def shrink(self) -> bool:
+        """Halve the rows of one forward pass and the tokens of a sweep (the runner calls this when memory ran out).
+
+        Returns:
+            Whether the next try takes less; if not, both were at their least already.
+        """
+        before = (self.rows, self._sweep_tokens)
         self.rows = max(1, self.rows // 2)
+        self._sweep_tokens = self._most_tokens = max(LEAST_SWEEP_TOKENS, self._sweep_tokens // 2)
+        return before != (self.rows, self._sweep_tokens)
+
+    def sweep_tokens(self) -> int:
+        """Tokens of patched rows that a sweep runs at once."""
+        return self._sweep_tokens
+
+    def memory(self) -> int:
+        """Bytes that a sweep may take beside the weights."""
+        return self.memory_budget or int(SWEEP_SHARE * self.minds.free_memory())
 
     # ------------------------------------------------------------------ the verbs
 
@@ -211,7 +242,14 @@ class Context:
 
     def encode(self, trace: Trace) -> TokenTrace:
         """A trace as token ids with the span of every part."""
-        return encode(trace, self.tokenizer)
+        key = (trace.question, trace.steps, trace.answer, trace.format)
+        known = self._encoded.get(key)
+        # All minds, layers and studies ask for the same few encodings; another trace may share text, not identity.
+        if known is None or known.trace != trace:
+            if len(self._encoded) >= MAX_ENCODED:
+                self._encoded.clear()
+            known = self._encoded[key] = encode(trace, self.tokenizer)
+        return known
 
     def read(self, traces: Sequence[Trace]) -> list[Reading]:
         """The answer that the mind gives after each trace's chain (greedy), whatever answer the trace states."""
@@ -373,6 +411,7 @@ class ContextSpec:
         prompt: `raw`, `fewshot` or `chat`; chosen once for all minds.
         limit: read only the first traces.
         contrast: kind of the default contrast.
+        memory_budget: bytes that a sweep may take beside the weights, in each process.
     """
 
     minds: Mapping[str, str]
@@ -387,6 +426,7 @@ class ContextSpec:
     device: str = "cpu"
     dtype: str = "float32"
     batch_size: int | None = None
+    memory_budget: int | None = None
     shots: int = 3
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -450,6 +490,7 @@ class ContextSpec:
             seed=self.seed,
             refused=refused,
             rows=self.batch_size,
+            memory_budget=self.memory_budget,
             extractor=self.extractor,
             max_new_tokens=self.max_new_tokens,
             run=run,

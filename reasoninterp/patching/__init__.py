@@ -1,9 +1,16 @@
-"""Activation patching between a clean and a corrupt chain: which step, at which layer, the answer depends on.
+"""Which activations at which step the answer depends on: exact sweeps, gradients, knockout, paths.
 
-`metric`    clean and corrupt rows of contrasts as one batch, and their effect
-`columns`   a trace's tokens as the columns of a layer × step map
-`residual`  the residual stream over layer × step, denoising and noising
-`heads`     head outputs (`z`) where the answer is read
+Interventions on the activations of clean and corrupt chains, read as the answer's margin (`metric`):
 
-Sweeps here are plain: one forward pass over the whole batch per cell of the map.
+`sweep`        contrasts × sites × spans × metrics → tidy rows, exactly, each run restarted where its patch begins.
+               Below it: `cells` (what is patched), `sources` and `partners` (what is put in), `store` (runs kept),
+               `lanes` and `staircase` (the way up), `readings` (metrics), `plain` (one forward a cell, the check)
+`residual`     study: the residual stream over layer × step, denoising and noising
+`heads`        study: head outputs (`z`) where the answer is read
+`attribution`  gradients instead of runs, for every site at once; `agreement` with exact patching; `attribution_map` the
+               study; `edge_attribution` and `edge_graph` for edges between components
+`attention_edges`, `knockout`  attention edges cut; `readers` the study of who reads a step for the answer;
+               `step_matrix` the step × step causal matrix
+`stream`, `paths`  path patching from senders to receivers; `hops`, `routes` the way from step to step to answer
+`columns`      a trace's tokens as the columns of a layer × step map
 """

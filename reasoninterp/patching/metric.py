@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,6 +20,22 @@ from reasoninterp.models.read import AnswerPair, MarginPlan, margins_from_logits
 from reasoninterp.traces.contrast import Contrast
 
 CLEAN, CORRUPT = 0, 1
+Direction = Literal["denoising", "noising"]
+DIRECTIONS: tuple[Direction, Direction] = ("denoising", "noising")
+
+
+class Sides(NamedTuple):
+    """The run that is patched and the run that it is patched from, with the sign that makes an effect positive."""
+
+    into: int
+    source: int
+    sign: float
+
+
+SIDES = {
+    "denoising": Sides(into=CORRUPT, source=CLEAN, sign=-1.0),
+    "noising": Sides(into=CLEAN, source=CORRUPT, sign=1.0),
+}
 
 
 @dataclass(frozen=True)
