@@ -73,8 +73,8 @@ class Case(NamedTuple):
 
 
 QUICK = [
-    Case(size, spans, at, n if spans == TOKENS else None, rounds=2, n_timed=3)
-    for size, n in ((SMALL, None), (MIDDLE, 32))
+    Case(size, spans, at, n if spans == TOKENS else None, rounds=rounds, n_timed=2)
+    for size, n, rounds in ((SMALL, 32, 2), (MIDDLE, 32, 1))
     for spans, at in ((TOKENS, 0.5), (STEPS, 0.9))
 ]
 FULL = [Case(SMALL, spans, at) for spans in (TOKENS, STEPS) for at in (0, 0.25, 0.5, 0.9)]
@@ -307,7 +307,8 @@ def draw(table: pd.DataFrame) -> Any:
         above.grid(axis="y")
         below.bar(places, mine["floor_ratio"], 0.6, color=MIND_COLOURS["base"])
         below.axhline(0.7, color=INK, lw=0.8, ls="--")
-        below.set(title=f"{spans}: share of the floor's rate (target, dashed: 0.7)", ylim=(0, 1.1), xticks=places)
+        top = max(1.1, 1.05 * float(table["floor_ratio"].max()))
+        below.set(title=f"{spans}: share of the floor's rate (target, dashed: 0.7)", ylim=(0, top), xticks=places)
         labels = [f"{s.split(',')[0]}, {p:g}" for s, p in zip(mine["size"], mine["parts_at"], strict=True)]
         below.set_xticklabels(labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
         below.set_xlabel("layers × width, and the share of the prompt at which the runs part")
