@@ -73,6 +73,7 @@ class Minds:
         self._params = dict(params)
         self._store = store
         self._hashes: dict[str, str] = {}
+        self._derived: dict[str, str] = {}  # by derived mind, the mind it was made from
         self._budget = 0
         self._inside = mind(self.names[0])
         self._torn = False  # whether a write broke off half-way
@@ -243,6 +244,63 @@ class Minds:
             if param in _VOCABULARY:
                 difference[self.body.n_vocab_shared :] = 0
             yield param, difference
+
+    def weights(self, which: str | Handle) -> dict[str, Tensor]:
+        """Copies of a handle's parameters, on the CPU, in the body's dtype and shapes; what is in stays in."""
+        handle, out = self.handle(which), {}
+        for param, live in self._params.items():
+            recipe = self._store.recipe(handle, param) if param in self._recipes else None
+            value = live if recipe is None else self._store.value(recipe, param)
+            out[param] = value.detach().to("cpu", copy=True)
+        return out
+
+    def derive(self, name: str, of: str, tensors: Mapping[str, Tensor]) -> None:
+        """Register a further mind: the weights of mind `of`, with these tensors in place of its own.
+
+        It is one of `names` from now on, with the tokenizer and the source of `of`.  Only what is new is kept.
+
+        Args:
+            name: of the new mind.
+            of: a mind that is here.
+            tensors: by parameter name, with the body's shapes; converted to the body's dtype and copied.
+
+        Raises:
+            UserError: the name is taken, there is no mind `of`, or a tensor fits no parameter.
+        """
+        if name in self.names:
+            raise UserError(f"name: a mind {name!r} is here already; choose another name.")
+        self.handle(of)
+        new = {}
+        for param, tensor in tensors.items():
+            shape = self.body.param_shapes.get(param)
+            if shape != tuple(tensor.shape):
+                expected = f"has shape {shape}" if shape else "does not exist"
+                raise UserError(f"tensors: {param!r} {expected} in the body; got shape {tuple(tensor.shape)}.")
+            new[param] = tensor.detach().to("cpu", self.dtype, copy=True)
+        with self.at(self.names[0]):
+            self._store.derive(name, of, new, self._params)
+            for param in new:
+                if self._store.differs(param):
+                    self._recipes.setdefault(param, ("mind", self.names[0]))
+        self.names = (*self.names, name)
+        self.sources[name], self._tokenizers[name] = self.sources[of], self._tokenizers[of]
+        self._derived[name] = of
+        self._hashes = {}
+
+    def discard(self, name: str) -> None:
+        """Forget a mind that `derive` made.
+
+        Raises:
+            UserError: it was loaded, another mind was derived from it, or its weights are in.
+        """
+        if name not in self._derived:
+            raise UserError(f"name: {name!r} is no derived mind; only what `derive` made can be discarded.")
+        if name in self._derived.values() or name in self._inside.minds():
+            raise UserError(f"name: {name!r} is in use; discard what was derived from it and leave `at` first.")
+        self._store.discard(name)
+        self.names = tuple(n for n in self.names if n != name)
+        del self._derived[name], self.sources[name], self._tokenizers[name]
+        self._hashes = {}
 
     def _enter(self, handle: Handle) -> None:
         """Write a handle's tensors where they are made otherwise than those that are in."""

@@ -3,11 +3,15 @@
 1. Every parameter is cut into `Slice`s: a whole parameter, or a range of its rows or columns that belongs to one
    attention head (one group of heads that share a key and value head, under grouped-query attention).
 2. A `level` names a partition of all scalars of all parameters into Units, from coarse to fine: `layer` (a whole
-   block), `block` (attention, MLP, norms), `head` (one head's four matrices) and `circuit` (a head's QK: what it
-   looks at; and its OV: what it carries).  Each level refines the one before it.
+   block), `block` (attention, MLP, norms), `head` (one head's four matrices), `circuit` (a head's QK: what it
+   looks at; and its OV: what it carries) and `fine` (circuits; MLPs in blocks of neurons, `L0.mlp.N3`; norms one by
+   one, `L0.ln1`, `L0.ln2`, `L0.qk_norm`).  Each level refines the one before it.
 3. What heads share stays apart: the output bias is `L0.attn.b_O`; the gains of query and key norms (Qwen3) act on
-   all heads alike and belong to `L0.norms` at every level finer than the layer.
+   all heads alike and belong to `L0.norms` at every level finer than the layer.  Likewise what neurons share: at
+   the level `fine` the MLP's output bias is `L0.mlp.b_out`.
 4. A tied embedding is one Unit, `embed`, which covers the unembedding too.
+5. `module` is a partition of another kind, across heads: one Unit for each module of the plain model, by its path
+   (`model.layers.0.self_attn.q_proj`), which is what a LoRA adapter adds its deltas to.
 
 The split of a head into QK and OV circuits follows Elhage et al. (2021), A Mathematical Framework for Transformer
 Circuits.
@@ -18,14 +22,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from reasoninterp.errors import UserError
 
-Level = Literal["circuit", "head", "block", "layer"]
+Level = Literal["fine", "circuit", "head", "block", "layer", "module"]
 UnitKind = Literal["embedding", "attn", "head", "mlp", "norms", "unembed", "layer"]
-LEVELS: tuple[Level, ...] = ("circuit", "head", "block", "layer")
+LEVELS: tuple[Level, ...] = ("fine", "circuit", "head", "block", "layer")  # each refines the next
+NEURON_BLOCKS = 8  # blocks of neurons an MLP at the level `fine`
 
+_BLOCK_OF_NEURONS = re.compile(r"^L\d+\.mlp\.N(\d+)$")
 _BLOCK = re.compile(r"^(?:model\.layers|transformer\.h)\.(\d+)\.(.+)\.(weight|bias)$")
 _OUTSIDE = {
     "model.embed_tokens.weight": "embed",
@@ -50,13 +57,17 @@ _ROLE = {
     "self_attn.o_proj": "o",
     "attn.c_attn": "qkv",
     "attn.c_proj": "o",
-    "self_attn.q_norm": "norms",
-    "self_attn.k_norm": "norms",
-    "input_layernorm": "norms",
-    "post_attention_layernorm": "norms",
-    "ln_1": "norms",
-    "ln_2": "norms",
+    "self_attn.q_norm": "qk_norm",
+    "self_attn.k_norm": "qk_norm",
+    "input_layernorm": "ln1",
+    "post_attention_layernorm": "ln2",
+    "ln_1": "ln1",
+    "ln_2": "ln2",
 }
+_NORMS = ("ln1", "ln2", "qk_norm")
+# The dimension along which a weight of the MLP lists its neurons (GPT-2's Conv1D keeps inputs in rows).
+_NEURONS = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1, "mlp.c_fc": 1, "mlp.c_proj": 0}
+_MLP_OUT = ("mlp.down_proj", "mlp.c_proj")
 
 
 class Slice(NamedTuple):
@@ -102,10 +113,10 @@ class HasShapes(Protocol):
 
 
 class _Piece(NamedTuple):
-    """A Slice with where it belongs, at the finest level."""
+    """A Slice with where it belongs, at the finest level; `head` is the block of neurons in an MLP."""
 
     layer: int | None
-    role: str  # "embed", ..., "q", "k", "v", "o", "b_O", "mlp", "norms"
+    role: str  # "embed", ..., "q", "k", "v", "o", "b_O", "mlp", "b_out", "ln1", "ln2", "qk_norm"
     head: int | None
     part: Slice
 
@@ -116,8 +127,8 @@ def units(model: HasShapes, level: Level = "block") -> list[Unit]:
     Raises:
         UserError: an unknown level.
     """
-    if level not in LEVELS:
-        raise UserError(f"level: {level!r} is not one of {', '.join(LEVELS)}.")
+    if level not in get_args(Level):
+        raise UserError(f"level: {level!r} is not one of {', '.join(get_args(Level))}.")
     grouped: dict[str, list[_Piece]] = {}
     about: dict[str, tuple[UnitKind, int | None, int | None, str | None]] = {}
     letter = "G" if model.n_kv_heads != model.n_heads else "H"
@@ -135,7 +146,7 @@ def unit_named(model: HasShapes, name: str) -> Unit:
     Raises:
         UserError: no level has such a Unit.
     """
-    for level in LEVELS:
+    for level in get_args(Level):
         for unit in units(model, level):
             if unit.name == name:
                 return unit
@@ -144,13 +155,20 @@ def unit_named(model: HasShapes, name: str) -> Unit:
 
 def _home(piece: _Piece, level: Level, letter: str) -> tuple[str, UnitKind, int | None, str | None]:
     """Name, kind, head and circuit of the Unit that holds a piece at a level."""
+    if piece.layer is None and level == "module":
+        return _module_of(piece.part.param), _KIND[piece.role], None, None
     if piece.layer is None:
         return piece.role, _KIND[piece.role], None, None
     layer = f"L{piece.layer}"
+    if level == "module":
+        return _module_of(piece.part.param), _kind_of(piece), None, None
     if level == "layer":
         return layer, "layer", None, None
-    if piece.role in ("mlp", "norms"):
-        return f"{layer}.{piece.role}", "mlp" if piece.role == "mlp" else "norms", None, None
+    if piece.role in ("mlp", "b_out"):
+        block = f"N{piece.head}" if piece.role == "mlp" else piece.role
+        return f"{layer}.mlp.{block}" if level == "fine" else f"{layer}.mlp", "mlp", None, None
+    if piece.role in _NORMS:
+        return f"{layer}.{piece.role if level == 'fine' else 'norms'}", "norms", None, None
     if level == "block":
         return f"{layer}.attn", "attn", None, None
     if piece.role == "b_O":
@@ -160,6 +178,24 @@ def _home(piece: _Piece, level: Level, letter: str) -> tuple[str, UnitKind, int 
         return head, "head", piece.head, None
     circuit = "QK" if piece.role in ("q", "k") else "OV"
     return f"{head}.{circuit}", "head", piece.head, circuit
+
+
+def neuron_blocks(d_mlp: int, n: int = NEURON_BLOCKS) -> list[tuple[int, int]]:
+    """Half-open ranges of neurons, `n` (or `d_mlp`, if that is less) blocks whose sizes differ by at most one."""
+    n = min(n, d_mlp)
+    edges = [k * d_mlp // n for k in range(n + 1)]
+    return list(pairwise(edges))
+
+
+def _module_of(param: str) -> str:
+    return param.rpartition(".")[0]
+
+
+def _kind_of(piece: _Piece) -> UnitKind:
+    """What a module of a layer is for."""
+    if piece.role in _NORMS:
+        return "norms"
+    return "mlp" if piece.role in ("mlp", "b_out") else "attn"
 
 
 def _pieces(model: HasShapes) -> Iterator[_Piece]:
@@ -173,11 +209,17 @@ def _pieces(model: HasShapes) -> Iterator[_Piece]:
         if match is None:
             raise UserError(f"The parameter {name!r} belongs to no known Unit; this architecture is not supported.")
         layer, module, which = int(match[1]), match[2], match[3]
-        role = "mlp" if module.startswith("mlp.") else _ROLE.get(module)
+        role = "mlp" if module in _NEURONS else _ROLE.get(module)
         if role is None:
             raise UserError(f"The parameter {name!r} belongs to no known Unit; this architecture is not supported.")
-        if role in ("mlp", "norms"):
+        if role in _NORMS:
             yield _Piece(layer, role, None, whole)
+        elif role == "mlp" and which == "bias" and module in _MLP_OUT:
+            yield _Piece(layer, "b_out", None, whole)
+        elif role == "mlp":
+            dim = 0 if which == "bias" else _NEURONS[module]
+            for block, (start, stop) in enumerate(neuron_blocks(shape[dim])):
+                yield _Piece(layer, "mlp", block, Slice(name, dim, start, stop))
         elif role == "o" and which == "bias":
             yield _Piece(layer, "b_O", None, whole)
         elif role == "o":
@@ -218,7 +260,9 @@ def _order(unit: Unit) -> tuple[int, int, int, int, str]:
     """Forward order: embeddings, then each layer's heads, bias, MLP and norms, then the final norm and unembedding."""
     place = {"embed": -2, "pos_embed": -1, "ln_final": 10**6, "unembed": 10**6 + 1}
     if unit.layer is None:
-        return place[unit.name], 0, 0, 0, unit.name
+        return place[_OUTSIDE.get(unit.parts[0].param, unit.name)], 0, 0, 0, unit.name
     kind = {"layer": 0, "head": 0, "attn": 1, "mlp": 2, "norms": 3}[unit.kind]
     circuit = {None: 0, "QK": 0, "OV": 1}[unit.circuit]
-    return unit.layer, kind, unit.head or 0, circuit, unit.name
+    block = _BLOCK_OF_NEURONS.search(unit.name)
+    number = int(block[1]) if block else 10**6 if unit.name.endswith(".b_out") else unit.head or 0
+    return unit.layer, kind, number, circuit, unit.name

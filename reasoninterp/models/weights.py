@@ -95,6 +95,7 @@ class Store:
     on_file: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     _folder: tempfile.TemporaryDirectory[str] | None = None
     _digests: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    _derived: dict[tuple[str, str], str] = field(default_factory=dict)  # owners of a derived mind's tensors
 
     def add(self, name: str, params: Mapping[str, Tensor], home: Mapping[str, Tensor], files: FileIndex) -> None:
         """Take in a mind: keep its tensors that differ from the home mind's, and then those of the home mind too.
@@ -125,8 +126,45 @@ class Store:
         if spilled:
             self._spill(name, spilled)
 
+    def derive(self, name: str, of: str, tensors: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> None:
+        """Take in a mind that is mind `of` but for `tensors`; only those that are new are kept.
+
+        Args:
+            name: the new mind.
+            of: the mind that it shares the other tensors with.
+            tensors: in the body's dtype and shapes, given away.
+            home: the home mind's parameters.
+        """
+        new = {}
+        for param in self.shapes:
+            owner = self.owner(of, param)
+            tensor = tensors.get(param)
+            if tensor is None:
+                self._derived[name, param] = owner
+            elif not torch.equal(tensor, home[param].cpu()):
+                same = owner != self.home and torch.equal(tensor, self.get(owner, param))
+                self._derived[name, param] = owner if same else name
+                if not same:
+                    new[param] = tensor
+        self.rows = {**self.rows, name: self.rows[of]}
+        self.add(name, new, {param: home[param].cpu() for param in new}, FileIndex())
+
+    def discard(self, name: str) -> None:
+        """Forget a derived mind and what is kept for it alone."""
+        for held in (self.resident, self.on_file, self._derived):
+            for key in [k for k in held if k[0] == name]:
+                gone = held.pop(key)  # type: ignore[attr-defined]
+                self.budget += gone.nbytes if isinstance(gone, Tensor) else 0
+        self._digests = {k: d for k, d in self._digests.items() if not k[0].startswith(f"{name}:")}
+        self.rows = {n: r for n, r in self.rows.items() if n != name}
+
     def owner(self, name: str, param: str) -> str:
-        """The mind itself where its tensor differs from the home mind's, the home mind where it does not."""
+        """The mind itself where its tensor differs from the home mind's, the home mind where it does not.
+
+        A derived mind's tensor may be that of the mind it was derived from.
+        """
+        if (name, param) in self._derived:
+            return self._derived[name, param]
         key = name, param
         return name if key in self.resident or key in self.on_file else self.home
 
