@@ -9,27 +9,34 @@
    distributed (the other way round).  Shares are given only where E(base) − E(tuned) is safely away from zero
    (`severance.effects`); the raw effects always.
 
-4. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …, and beside each set as
-   many drawn at random from the other Units (from all, where there are too few): what tuning did may be spread over Units of which none alone does much.
+4. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …: what tuning did may be
+   spread over Units of which none alone does much.  Beside each set stand random sets of the other Units that tuning
+   changed (of all Units, where too few are left), of as many Units and of about the same weight norm, several draws
+   each (`severance.controls`).
 
 `follow` is the share of contrasts in which the corrupt answer is preferred to the clean one after the corrupt chain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from reasoninterp.faithfulness.effect import contrast_effects
 from reasoninterp.models.context import Context
 from reasoninterp.models.minds import graft
 from reasoninterp.models.units import Level, Unit, units
+from reasoninterp.severance.controls import DRAWS, Match, random_sets, share_over_draws
 from reasoninterp.severance.effects import is_safe
+from reasoninterp.severance.moves import NOT_SAFE, unit_norms
 from reasoninterp.stats import Estimate, derive_seed, mean, proportion, ratio
 from reasoninterp.study import Batch, Cell, Row, Study
+
+MATCHED: dict[str, Match] = {"random": "size", "same norm": "norm"}
 
 
 class Grafts(Study):
@@ -70,6 +77,7 @@ class GraftSets(Study):
     Parameters:
         level: `block`, `head`, `circuit` or `layer`.
         largest: size of the largest set.
+        draws: random sets of each kind beside each set.
         from_mind: the mind with the path.
         to_mind: the mind in which it may be cut.
     """
@@ -78,46 +86,91 @@ class GraftSets(Study):
 
     level: str = "block"
     largest: int = 5
+    draws: int = DRAWS
     from_mind: str = "base"
     to_mind: str = "tuned"
 
     def cells(self, context: Context) -> Iterator[Cell]:
         """Every set × direction × item with a contrast."""
         found = leading_units(context, self.level, self.from_mind)
-        draw = np.random.default_rng(derive_seed(context.seed, "graft-sets"))
+        named = {u.name: u for u in found}
+        norms, _ = unit_norms(context, found, self.from_mind, self.to_mind)
         for size in range(1, min(self.largest, len(found) - 1) + 1):
-            rest = found[size:] if len(found) >= 2 * size else found
-            random = [rest[k] for k in sorted(draw.choice(len(rest), size, replace=False))]
-            for chosen, units_ in (("ledger", found[:size]), ("random", random)):
-                labels = {"chosen": chosen, "size": size, "units": "+".join(u.name for u in units_)}
-                yield from graft_cells(context, units_, labels, self.from_mind, self.to_mind)
+            ledger = tuple(named)[:size]
+            sets = [("ledger", 0, ledger)]
+            for chosen, match in MATCHED.items():
+                drawn = random_sets(norms, ledger, match=match, draws=self.draws, seed=context.seed)
+                if match == "size" and not drawn:
+                    drawn = _of_all(tuple(named), size, self.draws, context.seed)
+                sets += [(chosen, k, names) for k, names in enumerate(drawn)]
+            for chosen, k, names in sets:
+                labels = {"chosen": chosen, "size": size, "draw": k, "units": "+".join(names)}
+                labels["norm_ratio"] = _norm(norms, names) / (_norm(norms, ledger) or np.nan)
+                yield from graft_cells(context, [named[n] for n in names], labels, self.from_mind, self.to_mind)
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per set, direction and contrast: the effect of the chain in the grafted mind."""
         return measure_grafts(context, batch)
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
-        """`graft_sets`: one row per set with shares, their intervals, and the raw effects."""
-        return {"graft_sets": share_table(rows, context, ["chosen", "size", "units"], self.from_mind, self.to_mind)}
+        """`graft_sets`: one row per set with shares, their intervals, and the raw effects.
+
+        Rows whose `chosen` is `random` are means over draws, with intervals over draws and traces.  `graft_sets_norm`
+        has the same columns for the draws of the same norm; `norm_ratio` is the weight change of a set over that of the
+        ledger's set, as norms.
+        """
+        if len(rows):
+            groups = rows.groupby(["chosen", "size"])
+            n_sets, ratio_ = groups["units"].transform("nunique"), groups["norm_ratio"].transform("mean")
+            names = rows["units"].where(n_sets == 1, n_sets.astype(str) + " random sets")
+            rows = rows.assign(units=names, norm_ratio=ratio_)
+        by = ["chosen", "size", "units", "norm_ratio"]
+        table = share_table(rows, context, by, self.from_mind, self.to_mind)
+        at_norm = table["chosen"] == "same norm"
+        tables = {"graft_sets": table[~at_norm], "graft_sets_norm": table[at_norm]}
+        return {name: part.reset_index(drop=True) for name, part in tables.items()}
+
+
+def _norm(norms: Mapping[str, float], names: Sequence[str]) -> float:
+    return float(np.sqrt(sum(norms[name] ** 2 for name in names)))
+
+
+def _of_all(names: tuple[str, ...], size: int, draws: int, seed: int) -> list[tuple[str, ...]]:
+    """Random sets of all Units, where too few that changed are left beside the set."""
+    rng = np.random.default_rng(derive_seed(seed, "graft-sets", size))
+    drawn = [tuple(names[k] for k in sorted(rng.choice(len(names), size, replace=False))) for _ in range(draws)]
+    return list(dict.fromkeys(drawn))
 
 
 def leading_units(context: Context, level: str, base: str) -> list[Unit]:
-    """The Units of a level in the order of the ledger's absolute entries."""
-    ledger = context.table("ledger")
+    """The Units of a level in the order of the ledger's absolute entries.
+
+    Raises:
+        UserError: an unknown level.
+    """
     with context.open(base) as body:
         found: list[Unit] = units(body, _level(level))
-    entry = dict(zip(ledger["unit"], ledger["attribution"], strict=True))
+    entry = unit_entries(context, found)
+    return sorted(found, key=lambda u: -np.nan_to_num(abs(entry[u.name])))
+
+
+def unit_entries(context: Context, found: Sequence[Unit]) -> dict[str, float]:
+    """The ledger's entry of each Unit, in nats: effect gained by tuning is positive.
+
+    For a Unit that the ledger does not list (a layer, a head) the sum of the circuits and blocks that it holds; NaN
+    for what is finer than the ledger's table.
+    """
+    ledger = context.table("ledger")
+    finest = ledger[ledger["level"] == "circuit"]
+    entry = dict(zip(ledger["unit"], ledger["attribution"].astype(float), strict=True))
     if "unembed" in entry and not any(u.name == "unembed" for u in found):
         entry["embed"] += entry.pop("unembed")  # tied: the ledger lists two uses of the Unit that a graft moves
-    size = {name: abs(value) for name, value in entry.items()}
-    return sorted(found, key=lambda u: -_entry(u, size))
-
-
-def _entry(unit: Unit, size: dict[str, float]) -> float:
-    """A Unit's entry; for a layer or a head, which the ledger does not list, the sum of what it holds."""
-    if unit.name in size:
-        return size[unit.name]
-    return sum(v for name, v in size.items() if name.startswith(f"{unit.name}."))
+    out = {}
+    for unit in found:
+        held = finest["unit"].str.startswith(f"{unit.name}.")
+        whole = float(finest.loc[held, "attribution"].sum()) if held.any() else float("nan")
+        out[unit.name] = entry.get(unit.name, whole)
+    return out
 
 
 def graft_cells(
@@ -151,25 +204,41 @@ def share_table(rows: pd.DataFrame, context: Context, by: list[str], base: str, 
     wide = effects[effects["form"] == "whole"].pivot(index="trace", columns="mind", values="effect")
     e_base, e_tuned = wide[base], wide[tuned]
     safe = is_safe(e_base, e_tuned, seed=context.seed)
-    lost, out, nothing = e_base - e_tuned, [], Estimate(np.nan, np.nan, np.nan, 0, "")
+    ends = {"e_base": float(e_base.mean()), "e_tuned": float(e_tuned.mean()), "n": len(wide), "safe": safe}
+    lost, out = (e_base - e_tuned).to_numpy(), []
     for key, part in rows.groupby(by, sort=False, dropna=False):
-        sides = {d: p.set_index("trace").loc[wide.index] for d, p in part.groupby("direction")}
-        gained = {"restore": sides["restore"]["effect"] - e_tuned, "cut": e_base - sides["cut"]["effect"]}
         row: dict[str, Any] = dict(zip(by, key, strict=True))
         for direction, name in (("restore", "restored"), ("cut", "cut")):
-            share = ratio(gained[direction], lost, seed=context.seed) if safe else nothing
-            row |= {direction: share.value, f"{direction}_ci_low": share.ci_low, f"{direction}_ci_high": share.ci_high}
-            e = mean(sides[direction]["effect"], seed=context.seed)
-            row |= {f"e_{name}": e.value, f"e_{name}_ci_low": e.ci_low, f"e_{name}_ci_high": e.ci_high}
-            f = proportion(sides[direction]["follow"])
-            row |= {f"follow_{name}": f.value, f"follow_{name}_ci_low": f.ci_low, f"follow_{name}_ci_high": f.ci_high}
-        out.append(
-            row | {"e_base": float(e_base.mean()), "e_tuned": float(e_tuned.mean()), "n": len(wide), "safe": safe}
-        )
+            effect, follow = (_by_draw(part, direction, column, wide.index) for column in ("effect", "follow"))
+            gained = effect - e_tuned.to_numpy() if direction == "restore" else e_base.to_numpy() - effect
+            found = {
+                direction: _share(gained, lost, context.seed) if safe else NOT_SAFE,
+                f"e_{name}": _share(effect, None, context.seed),
+                f"follow_{name}": proportion(follow[0]) if len(follow) == 1 else _share(follow, None, context.seed),
+            }
+            for column, value in found.items():
+                row |= {column: value.value, f"{column}_ci_low": value.ci_low, f"{column}_ci_high": value.ci_high}
+        out.append(row | ends)
     table = pd.DataFrame(out)
     if "layer" in table:
         table["layer"] = pd.array([None if pd.isna(v) else int(v) for v in table["layer"]], dtype="Int64")
     return table
+
+
+def _by_draw(part: pd.DataFrame, direction: str, column: str, traces: pd.Index) -> NDArray[np.float64]:
+    """A column of one graft's rows as [draw, trace]; one draw where the graft is not one of several."""
+    rows = part[part["direction"] == direction]
+    rows = rows if "draw" in rows else rows.assign(draw=0)
+    wide = rows.pivot(index="draw", columns="trace", values=column)[traces]
+    found: NDArray[np.float64] = wide.to_numpy(dtype=np.float64)
+    return found
+
+
+def _share(gained: NDArray[np.float64], lost: NDArray[np.float64] | None, seed: int) -> Estimate:
+    """Mean of [draw, trace] over the mean of [trace], or by itself; over one draw or several."""
+    if len(gained) > 1:
+        return share_over_draws(gained, lost, seed=seed)
+    return mean(gained[0], seed=seed) if lost is None else ratio(gained[0], lost, seed=seed)
 
 
 def _level(text: str) -> Level:
