@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from reasoninterp.severance.effects import is_safe
+from reasoninterp.severance.rival import KEPT_WITH, RETURNED
 from reasoninterp.severance.verdict import decide
 from reasoninterp.stats import proportion
 
@@ -77,6 +78,47 @@ def test_a_mind_that_lost_its_answers_is_not_called_severed() -> None:
     assert "neither answer in 85%" in verdict.sentences[0]
     turned = decide(tables(0.99, 0.02, e=(15.0, -15.0)))
     assert any("changed its sign" in c for c in turned.caveats)
+
+
+def rival(kept: float, returned: float) -> pd.DataFrame:
+    """A rival's table in which E is kept so far, and so much of the lost follow rate returns."""
+    rows = [("E", KEPT_WITH, kept, "survives", "lost"), ("follow", RETURNED, returned, "returns", "does not return")]
+    return pd.DataFrame(
+        [
+            {
+                "measure": m,
+                "quantity": q,
+                "value": v,
+                "ci_low": v - 0.05,
+                "ci_high": v + 0.05,
+                "n": 200,
+                "decision": above if v > 0.55 else below if v < 0.45 else "cannot tell",
+            }
+            for m, q, v, above, below in rows
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tuned", "kept", "returned", "word"),
+    [
+        (0.02, 0.05, 0.05, "severed"),
+        (0.02, 0.90, 0.05, "overridden"),
+        (0.02, 0.05, 0.90, "overridden"),
+        (0.02, 0.05, 0.50, "undecided"),
+        (0.50, 0.50, 0.10, "weakened"),
+        (0.50, 0.98, 0.10, "overridden"),
+        (0.98, 0.98, 0.90, "no damage found"),
+    ],
+)
+def test_where_the_rival_was_removed_severed_and_overridden_are_told_apart(
+    tuned: float, kept: float, returned: float, word: str
+) -> None:
+    verdict = decide(tables(0.99, tuned) | {"rival": rival(kept, returned)})
+    assert verdict.word == word
+    removed = [c for c in verdict.caveats if "The rival was removed" in c]
+    assert len(removed) == (word != "no damage found")
+    assert all("what would reverse this" in c for c in removed)
 
 
 def test_a_base_that_is_not_shown_to_follow_is_told_apart_from_one_that_does_not() -> None:

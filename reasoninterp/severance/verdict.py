@@ -13,21 +13,25 @@ not enter), for the tuned mind against the base, paired over traces:
 5. *weakened*: it lost more than 0, but keeps more than that.
 6. *undecided*: anything else; more traces would tell.
 
-E is reported beside it: a margin can shrink while the answer still follows.  Whether a severed path survives underneath
-(*overridden*) needs the rival removed from the question; this version does not test that and says so.
+E is reported beside it: a margin can shrink while the answer still follows.  Where both minds were read with the rival
+removed too (a table `rival`, see `severance.rival`), *severed* and *weakened* are told apart from *overridden*: the path
+survives underneath.  Without that table the word is that of the follow rate, and the verdict says so.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
+from reasoninterp.severance.rival import RETURNED, Told, tell_apart
 from reasoninterp.stats import Estimate, paired_shares, proportion
 
 NOT_INTERPRETABLE = "not interpretable here"
+NO_DAMAGE = "no damage found"
 MARGIN = 0.10
 SEVERED_KEEPS = 0.25
 MIN_BASE_FOLLOW = 0.50
@@ -70,6 +74,18 @@ class Tables:
         """A number of the behaviour table; n = 0 where it is not there."""
         return self._number("behaviour", mind, "test", test)
 
+    @property
+    def told(self) -> Told | None:
+        """Severed, weakened or overridden, where both minds were read with the rival removed."""
+        table = self.tables.get("rival")
+        if table is None or not (table["quantity"] == RETURNED).any():
+            return None
+        a, b = self.follows()
+        word, _ = word_of(a, b, 0.0)
+        return (
+            tell_apart(cast(Literal["severed", "weakened"], word), table) if word in ("severed", "weakened") else None
+        )
+
     def effect(self, mind: str, measure: str = "E") -> Estimate:
         """A number of the effect table; n = 0 where it is not there."""
         return self._number("effect", mind, "measure", measure)
@@ -92,8 +108,27 @@ class Tables:
         return wide[self.base].to_numpy(dtype=float), wide[self.tuned].to_numpy(dtype=float)
 
 
+def word_of(base: ArrayLike, tuned: ArrayLike, neither: float) -> tuple[str, Estimate]:
+    """The word that follow rates alone give, of a base that is interpretable, and the paired loss of follow rate.
+
+    Args:
+        base, tuned: follow (0/1) per trace, paired.
+        neither: share of swaps in which the tuned mind gives neither answer.
+    """
+    loss = paired_shares(base, tuned)
+    # Both ends at their worst for the claim: the bootstrap of a share at 0 or 1 is a point.
+    kept_at_most = proportion(tuned).ci_high / max(proportion(base).ci_low, 1e-9)
+    if loss.ci_high < MARGIN:
+        return NO_DAMAGE, loss
+    if neither > 0.5:
+        return "undecided", loss
+    if kept_at_most < SEVERED_KEEPS:
+        return "severed", loss
+    return ("weakened" if loss.ci_low > 0 else "undecided"), loss
+
+
 def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = "tuned") -> Verdict:
-    """The verdict from the tables `behaviour`, `gate`, `readings`, `effect` and, if there, `ledger*` and `grafts`."""
+    """The verdict from the tables `behaviour`, `gate`, `readings`, `effect` and, if there, `ledger*`, `grafts`, `rival`."""
     t = Tables(tables, base, tuned)
     gate = {row["mind"]: row for row in tables["gate"].to_dict("records")}
     follow_base, follow_tuned = t.behaviour(base, "swap_follow"), t.behaviour(tuned, "swap_follow")
@@ -101,23 +136,28 @@ def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = 
     if problem:
         return Verdict(NOT_INTERPRETABLE, problem, _caveats(t, gate), _evidence(t, None))
     a, b = t.follows()
-    loss = paired_shares(a, b)
     neither = t.behaviour(tuned, "swap_other").value + t.behaviour(tuned, "swap_unreadable").value
-    # Both ends at their worst for the claim: the bootstrap of a share at 0 or 1 is a point.
-    kept_at_most = proportion(b).ci_high / max(proportion(a).ci_low, 1e-9)
+    word, loss = word_of(a, b, neither)
     opening = None
-    if loss.ci_high < MARGIN:
-        word = "no damage found"
-    elif neither > 0.5:
-        word, opening = "undecided", f"Undecided: {tuned} gives neither answer in {neither:.0%} of the swaps"
-    elif kept_at_most < SEVERED_KEEPS:
-        word = "severed"
-    elif loss.ci_low > 0:
-        word = "weakened"
-    else:
-        word = "undecided"
+    if word == "undecided" and neither > 0.5:
+        opening = f"Undecided: {tuned} gives neither answer in {neither:.0%} of the swaps"
+    if word in ("severed", "weakened") and t.told is not None:
+        word, opening = _apart(t, word)
     sentences = (_first_sentence(t, word, follow_base, follow_tuned, opening), _second_sentence(t, word, loss))
     return Verdict(word, sentences, _caveats(t, gate), _evidence(t, loss))
+
+
+def _apart(t: Tables, word: str) -> tuple[str, str | None]:
+    """The word once the rival was removed, and the sentence's opening where it differs from the word's own."""
+    told = t.told
+    assert told is not None
+    if told.word == word:
+        return word, None
+    opening = {
+        "overridden": f"Overridden: another source of the answer wins over the steps in {t.tuned}, whose path is still there",
+        "undecided": f"Undecided: {t.tuned} no longer follows its steps, but whether the path is cut or overridden stays open",
+    }[told.word]
+    return told.word, opening
 
 
 def _not_interpretable(t: Tables, gate: dict[str, Any], follow: Estimate) -> tuple[str, str] | None:
@@ -197,9 +237,12 @@ def _together(t: Tables) -> str:
 
 
 def _caveats(t: Tables, gate: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    untested = "Whether a lost path survives underneath a rival (overridden) was not tested: the rival was not removed."
     out = [
         "Intervals are 95 % and cover the choice of traces, not training seeds.",
-        "Whether a lost path survives underneath a rival (overridden) was not tested: the rival was not removed.",
+        f"The rival was removed: {t.told.reason}; what would reverse this: {t.told.would_reverse}."
+        if t.told
+        else untested,
     ]
     for mind in (t.base, t.tuned):
         if gate[mind]["label"] != "interpretable":
