@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from reasoninterp import cli_locate, cli_repair
 from reasoninterp.errors import UserError
 
 PROMPTS = ("raw", "fewshot", "chat")
@@ -82,8 +83,8 @@ class Memory(click.ParamType):
         return n
 
 
-def reading_options(minds: bool = True) -> Callable[[Any], Any]:
-    """The options of everything that reads traces with minds."""
+def reading_options(minds: bool = True, out: bool = True) -> Callable[[Any], Any]:
+    """The options of everything that reads traces with minds (`out`: whether a directory must be given)."""
     options = [
         click.option("--format", "format_", help="gsm8k, boxed, chat, or a JSON file; default: the file's first line."),
         click.option(
@@ -128,7 +129,7 @@ def reading_options(minds: bool = True) -> Callable[[Any], Any]:
             click.option("--base", required=True, help="Directory or hub id of the base model."),
             click.option("--tuned", required=True, help="Directory, hub id or LoRA adapter of the tuned model."),
             click.option("--traces", required=True, help="JSON Lines file of traces."),
-            click.option("--out", required=True, help="Directory of the run."),
+            click.option("--out", required=out, help="Directory of the run."),
             click.option(
                 "--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, each with a body."
             ),
@@ -406,3 +407,7 @@ def flag(field: Any, hint: Any) -> click.Option:
         inner = typing.get_args(hint)[0]
         return click.Option([name, f"study_{field.name}"], type=inner, multiple=True, **common)
     return click.Option([name, f"study_{field.name}"], type=hint, **common)
+
+
+cli_locate.add_to(cli, reading_options(out=False), make_spec)
+cli_repair.add_to(cli, reading_options(), make_spec)

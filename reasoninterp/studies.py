@@ -27,8 +27,15 @@ HOMES = {
     "who-reads": "reasoninterp.patching.who_reads",
     "receiver-heads": "reasoninterp.attention.receiver_study",
     "ledger": "reasoninterp.severance.ledger",
+    "ledger-balance": "reasoninterp.severance.balance",
+    "ledger-steps": "reasoninterp.severance.step_ledger",
+    "ledger-paths": "reasoninterp.severance.straight",
+    "ledger-tokens": "reasoninterp.severance.tokens",
     "grafts": "reasoninterp.severance.grafts",
     "graft-sets": "reasoninterp.severance.grafts",
+    "smallest-sets": "reasoninterp.severance.smallest_study",
+    "cross-patch": "reasoninterp.severance.crossing",
+    "repair": "reasoninterp.severance.repair_study",
 }
 
 

@@ -11,9 +11,11 @@ from nbclient import NotebookClient
 
 from tests import synthetic_run
 
-# `causal_path` shows what is known of trained organisms: `test_causal_path` runs it on theirs.
+# The others show what is known of trained organisms: `test_causal_path`, `test_locate` and `test_repair` run them.
 NOTEBOOKS = sorted(
-    p for p in (Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb") if p.stem != "causal_path"
+    p
+    for p in (Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb")
+    if p.stem not in ("causal_path", "severance", "repair")
 )
 
 
