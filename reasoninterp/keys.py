@@ -90,6 +90,8 @@ def code_hash(cls: type, version: str = "") -> str:
     package = [p for p in sorted(Path(__file__).resolve().parent.rglob("*.py")) if p not in own]
     digest = hashlib.sha256(version.encode())
     for path in [*([] if version else own), *package]:
-        if path in own or not (path.parent.name in {"report", "organisms"} or path.name in {"figures.py", "cli.py"}):
+        if path in own or not (
+            path.parent.name in {"report", "organisms", "planted"} or path.name in {"figures.py", "cli.py"}
+        ):
             digest.update(path.read_bytes())
     return digest.hexdigest()
