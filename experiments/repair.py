@@ -23,8 +23,8 @@ from reasoninterp.demo import pairs_of, spec_for
 from reasoninterp.organisms import RECIPES, make
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
-from reasoninterp.severance.repair import MEASURES, SET
-from reasoninterp.severance.repair_study import HERE, Repair, draw_repair
+from reasoninterp.severance.grafts.repair import MEASURES, SET
+from reasoninterp.severance.grafts.repair_study import HERE, Repair, draw_repair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ from reasoninterp.demo import pairs_of, spec_for
 from reasoninterp.figures import MUTED, bars, figure, housed
 from reasoninterp.organisms import RECIPES, make
 from reasoninterp.runs import Run
-from reasoninterp.severance.locate import locate
+from reasoninterp.severance.location.locate import locate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -64,7 +64,7 @@ def run_locate(spec: Any, out: str | None, without_rival: str | None, given: dic
         given: the command's other options.
     """
     from reasoninterp.compare import file_digest, open_run
-    from reasoninterp.severance.locate import locate
+    from reasoninterp.severance.location.locate import locate
 
     context = spec.load(progress=not given["quiet"])
     run = None
@@ -92,7 +92,7 @@ def run_locate(spec: Any, out: str | None, without_rival: str | None, given: dic
 
 def save(run: Any, found: Any) -> None:
     """Write a location into a run's directory: tables, figure and `location.json`."""
-    from reasoninterp.severance.locate_figure import draw
+    from reasoninterp.severance.location.figure import draw
 
     for name, table in found.tables().items():
         run.save_table(name, table)

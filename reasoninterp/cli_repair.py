@@ -33,7 +33,7 @@ def add_to(group: click.Group, options: Callable[[Any], Any], make_spec: Callabl
     def repair(units: tuple[str, ...], level: str, alpha: float, out: str, **given: Any) -> None:
         """Give Units their base weights back and save the repaired model to --out."""
         spec = make_spec(given)
-        from reasoninterp.severance.repair import repair_command
+        from reasoninterp.severance.grafts.repair import repair_command
 
         for line in repair_command(spec, units, alpha, out, level=level):
             click.echo(line)

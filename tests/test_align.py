@@ -13,9 +13,9 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.gauge import KINDS, permute_heads, random_gauge
 from reasoninterp.models.layout import read_layer, shape_of, write_layer
 from reasoninterp.models.minds import Minds
-from reasoninterp.severance import bases
-from reasoninterp.severance.align import align, is_clear
-from reasoninterp.severance.integrate import integrate
+from reasoninterp.severance.gauge import bases
+from reasoninterp.severance.gauge.align import align, is_clear
+from reasoninterp.severance.ledger.integrate import integrate
 from tests import tiny
 from tests.test_ledger import items
 

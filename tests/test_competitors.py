@@ -17,9 +17,9 @@ from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import Minds
 from reasoninterp.models.units import Level, unit_named, units
 from reasoninterp.patching.metric import contrast_plan
-from reasoninterp.severance.competitors import COMPETITORS, Ranking, rank, rank_levels
-from reasoninterp.severance.competitors_activations import cka_distance, cosine_distance, prompts_of
-from reasoninterp.severance.scores import leaders
+from reasoninterp.severance.scoring.activations import cka_distance, cosine_distance, prompts_of
+from reasoninterp.severance.scoring.competitors import COMPETITORS, Ranking, rank, rank_levels
+from reasoninterp.severance.scoring.scores import leaders
 from reasoninterp.traces.contrast import Contrast, contrast
 from reasoninterp.traces.trace import Format, Trace
 from tests.tiny import save_tiny

@@ -16,8 +16,8 @@ from reasoninterp.models.minds import Minds, graft, mind
 from reasoninterp.models.units import Unit
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
-from reasoninterp.severance.crossing import CORNERS, EFFECTS, CrossPatch, crossing
-from reasoninterp.severance.moves import Reader
+from reasoninterp.severance.grafts.crossing import CORNERS, EFFECTS, CrossPatch, crossing
+from reasoninterp.severance.grafts.moves import Reader
 from tests.test_ledger import items
 from tests.test_moves import contrasts_of, planted
 

@@ -14,10 +14,10 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.minds import Minds, blend, graft
 from reasoninterp.models.units import LEVELS, units
 from reasoninterp.patching.metric import contrast_plan
-from reasoninterp.severance.integrate import difference_of, entries, integrate, modules_of, node_entries
-from reasoninterp.severance.products import atoms, leaf_products, ledger_units
-from reasoninterp.severance.readouts import READOUTS, after_chains, readout_named
-from reasoninterp.severance.tokens import token_entries
+from reasoninterp.severance.ledger.integrate import difference_of, entries, integrate, modules_of, node_entries
+from reasoninterp.severance.ledger.products import atoms, leaf_products, ledger_units
+from reasoninterp.severance.ledger.readouts import READOUTS, after_chains, readout_named
+from reasoninterp.severance.ledger.tokens import token_entries
 from tests.test_ledger import items, pair
 from tests.tiny import save_lora, save_tiny, save_tuned
 

@@ -16,13 +16,13 @@ from reasoninterp.models.minds import Minds
 from reasoninterp.models.units import units
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
-from reasoninterp.severance.balance import LedgerBalance, detour_of
-from reasoninterp.severance.integrate import Integral
-from reasoninterp.severance.ledger import Ledger
-from reasoninterp.severance.ledger_tables import barrier_of
-from reasoninterp.severance.step_ledger import LedgerSteps, averaged, forced_step, step_contrasts
-from reasoninterp.severance.straight import LedgerPaths, agreement, unit_by_unit
-from reasoninterp.severance.tokens import LedgerTokens
+from reasoninterp.severance.ledger.balance import LedgerBalance, detour_of
+from reasoninterp.severance.ledger.integrate import Integral
+from reasoninterp.severance.ledger.steps import LedgerSteps, averaged, forced_step, step_contrasts
+from reasoninterp.severance.ledger.straight import LedgerPaths, agreement, unit_by_unit
+from reasoninterp.severance.ledger.study import Ledger
+from reasoninterp.severance.ledger.tables import barrier_of
+from reasoninterp.severance.ledger.tokens import LedgerTokens
 from reasoninterp.traces.contrast import contrast
 from tests.test_ledger import FORMAT, items, pair
 from tests.tiny import save_tiny

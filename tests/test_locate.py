@@ -19,10 +19,10 @@ from reasoninterp.cli_locate import lines_of
 from reasoninterp.errors import UserError
 from reasoninterp.models.context import Context
 from reasoninterp.runs import Run
-from reasoninterp.severance.confidence import FEATURES, confidence, fit
-from reasoninterp.severance.locate import locate
-from reasoninterp.severance.location import RANKING, Location
-from reasoninterp.severance.mechanism import words
+from reasoninterp.severance.location.confidence import FEATURES, confidence, fit
+from reasoninterp.severance.location.locate import locate
+from reasoninterp.severance.location.location import RANKING, Location
+from reasoninterp.severance.location.mechanism import words
 from reasoninterp.traces.io import write_traces
 from tests import planted_copy
 

@@ -19,7 +19,7 @@ from reasoninterp.models.minds import Minds, graft, mind
 from reasoninterp.models.units import Level, Unit, unit_named
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
-from reasoninterp.severance.controls import (
+from reasoninterp.severance.grafts.controls import (
     DRAWS,
     NO_SAME_ANSWER,
     control,
@@ -27,12 +27,12 @@ from reasoninterp.severance.controls import (
     same_answer_contrasts,
     share_over_draws,
 )
-from reasoninterp.severance.grafts import GraftSets, unit_entries
-from reasoninterp.severance.interactions import interactions, word_of
-from reasoninterp.severance.ledger import Ledger
-from reasoninterp.severance.moves import WAYS, Moves, Reader
-from reasoninterp.severance.smallest import families, smallest_set
-from reasoninterp.severance.smallest_study import NO_LOSS, SmallestSets
+from reasoninterp.severance.grafts.interactions import interactions, word_of
+from reasoninterp.severance.grafts.moves import WAYS, Moves, Reader
+from reasoninterp.severance.grafts.smallest import families, smallest_set
+from reasoninterp.severance.grafts.smallest_study import NO_LOSS, SmallestSets
+from reasoninterp.severance.grafts.study import GraftSets, unit_entries
+from reasoninterp.severance.ledger.study import Ledger
 from reasoninterp.stats import Estimate, ratio
 from reasoninterp.traces.contrast import Contrast, contrast
 from reasoninterp.traces.trace import Trace

@@ -21,7 +21,7 @@ from reasoninterp.models.saving import save_mind
 from reasoninterp.models.units import unit_named
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
-from reasoninterp.severance.repair import (
+from reasoninterp.severance.grafts.repair import (
     RANDOM,
     SAME_NORM,
     SET,
@@ -34,7 +34,7 @@ from reasoninterp.severance.repair import (
     units_of,
     weight_changes,
 )
-from reasoninterp.severance.repair_study import HERE, Repair, draw_repair, repair_table
+from reasoninterp.severance.grafts.repair_study import HERE, Repair, draw_repair, repair_table
 from reasoninterp.study import load_module
 from reasoninterp.traces.contrast import contrast
 from reasoninterp.traces.trace import Format, Trace

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from reasoninterp.models.context import Context
-from reasoninterp.severance.direct_logits import corrupt_margin, direct_contributions, direct_table, leading_rival
-from reasoninterp.severance.rival import KEPT_WITH, RETURNED, Answers, rival_table, share_returned, tell_apart
+from reasoninterp.severance.location.direct_logits import (
+    corrupt_margin,
+    direct_contributions,
+    direct_table,
+    leading_rival,
+)
+from reasoninterp.severance.location.rival import KEPT_WITH, RETURNED, Answers, rival_table, share_returned, tell_apart
 from tests import planted_copy
 from tests.test_ledger import items, pair
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from reasoninterp.errors import UserError
-from reasoninterp.severance.score_intervals import clustered, clustered_share, intraclass
-from reasoninterp.severance.scores import (
+from reasoninterp.severance.scoring.intervals import clustered, clustered_share, intraclass
+from reasoninterp.severance.scoring.scores import (
     auroc,
     average_precision,
     calibration,

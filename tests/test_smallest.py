@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reasoninterp.errors import UserError
-from reasoninterp.severance.smallest import Share, families, is_one_minimal, smallest_set
+from reasoninterp.severance.grafts.smallest import Share, families, is_one_minimal, smallest_set
 
 NAMES = tuple("abcdef")
 

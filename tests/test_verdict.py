@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from reasoninterp.severance.effects import is_safe
-from reasoninterp.severance.rival import KEPT_WITH, RETURNED
+from reasoninterp.severance.location.rival import KEPT_WITH, RETURNED
 from reasoninterp.severance.verdict import decide
 from reasoninterp.stats import proportion
 

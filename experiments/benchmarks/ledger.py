@@ -4,7 +4,7 @@
 
 1. Random Llamas with grouped-query attention from 0.1 M parameters on, and a tuned one beside each (every weight moved).
    Each size is measured in a process of its own.
-2. *Seconds*: CPU seconds of one thread, the least of several rounds.  The whole of `severance.integrate` (difference,
+2. *Seconds*: CPU seconds of one thread, the least of several rounds.  The whole of `severance.ledger.integrate` (difference,
    blends, forward and backward passes, leaf products) over the number of its nodes, beside one plain forward and
    backward pass of the plain model on the same batch that forms the gradient of every weight.  `ledger_ratio` is the
    former over the latter; `max_ratio` is what is allowed.
@@ -50,7 +50,7 @@ from reasoninterp.models.minds import Minds
 from reasoninterp.models.read import margins_from_logits
 from reasoninterp.patching.counted import Counted
 from reasoninterp.patching.metric import ContrastPlan, contrast_plan
-from reasoninterp.severance.integrate import difference_of, integrate, node_entries
+from reasoninterp.severance.ledger.integrate import difference_of, integrate, node_entries
 
 MAX_RATIO = 3.0
 SIZES = (

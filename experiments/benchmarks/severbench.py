@@ -40,13 +40,13 @@ from reasoninterp.organisms.planted.bases import BaseSpec
 from reasoninterp.organisms.planted.lineup import BASES, split_of
 from reasoninterp.organisms.planted.store import Planted, PlantedBase, planted
 from reasoninterp.organisms.planted.truth import Truth
-from reasoninterp.severance import scores
-from reasoninterp.severance.competitors import COMPETITORS, rank_levels
-from reasoninterp.severance.confidence import CALIBRATION, FEATURES, confidence, fit
-from reasoninterp.severance.ledger import Ledger
-from reasoninterp.severance.locate import locate
-from reasoninterp.severance.location import Location
-from reasoninterp.severance.score_intervals import clustered, clustered_share, intraclass
+from reasoninterp.severance.ledger.study import Ledger
+from reasoninterp.severance.location.confidence import CALIBRATION, FEATURES, confidence, fit
+from reasoninterp.severance.location.locate import locate
+from reasoninterp.severance.location.location import Location
+from reasoninterp.severance.scoring import scores
+from reasoninterp.severance.scoring.competitors import COMPETITORS, rank_levels
+from reasoninterp.severance.scoring.intervals import clustered, clustered_share, intraclass
 
 OURS = ("locate", "ledger alone", "grafts alone")
 SHOWN = ("top1", "recall", "jaccard", "unit_auroc", "average_precision", "layer_error")

@@ -39,7 +39,7 @@ from reasoninterp.models.layout import (
     write_final,
     write_layer,
 )
-from reasoninterp.severance.bases import rotary_basis
+from reasoninterp.severance.gauge.bases import rotary_basis
 
 Kind = Literal["ov", "qk", "heads", "neurons", "neuron_scale", "gain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -14,7 +14,7 @@ not enter), for the tuned mind against the base, paired over traces:
 6. *undecided*: anything else; more traces would tell.
 
 E is reported beside it: a margin can shrink while the answer still follows.  Where both minds were read with the rival
-removed too (a table `rival`, see `severance.rival`), *severed* and *weakened* are told apart from *overridden*: the path
+removed too (a table `rival`, see `severance.location.rival`), *severed* and *weakened* are told apart from *overridden*: the path
 survives underneath.  Without that table the word is that of the follow rate, and the verdict says so.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from reasoninterp.severance.rival import RETURNED, Told, tell_apart
+from reasoninterp.severance.location.rival import RETURNED, Told, tell_apart
 from reasoninterp.stats import Estimate, paired_shares, proportion
 
 NOT_INTERPRETABLE = "not interpretable here"

@@ -11,7 +11,7 @@
    smallest restoring and the smallest cutting set with alternatives (`smallest`).  Shares are of the lost E; where E is
    not lost (overridden) or its loss not safely away from zero, of the lost follow rate between the two answers.
 6. *Rank* all Units of the level (`rank`), name the *mechanism* (`mechanism`), and say it, with what would have reversed
-   each sentence (`locate_words`).
+   each sentence (`words`).
 
 Costs are passes over both chains of all contrasts in one mind.
 """
@@ -29,17 +29,17 @@ import pandas as pd
 from reasoninterp.errors import UserError
 from reasoninterp.models.context import Context, Item
 from reasoninterp.models.units import LEVELS, Level, units
-from reasoninterp.severance import locate_words as say
-from reasoninterp.severance.align import Alignment
-from reasoninterp.severance.align import align as align_gauges
-from reasoninterp.severance.answers import answer_table, read_answers
-from reasoninterp.severance.confidence import Confidence, confidence
-from reasoninterp.severance.direct_logits import corrupt_margin, direct_contributions, direct_table
-from reasoninterp.severance.integrate import Integral, integrate
-from reasoninterp.severance.location import Costs, LocatedSet, Location
-from reasoninterp.severance.mechanism import Mechanism, mechanism, shortcut_wins
-from reasoninterp.severance.moves import Moves, Way
-from reasoninterp.severance.rank import (
+from reasoninterp.severance.gauge.align import Alignment
+from reasoninterp.severance.gauge.align import align as align_gauges
+from reasoninterp.severance.grafts.moves import Moves, Way
+from reasoninterp.severance.ledger.integrate import Integral, integrate
+from reasoninterp.severance.location import words as say
+from reasoninterp.severance.location.answers import answer_table, read_answers
+from reasoninterp.severance.location.confidence import Confidence, confidence
+from reasoninterp.severance.location.direct_logits import corrupt_margin, direct_contributions, direct_table
+from reasoninterp.severance.location.location import Costs, LocatedSet, Location
+from reasoninterp.severance.location.mechanism import Mechanism, mechanism, shortcut_wins
+from reasoninterp.severance.location.rank import (
     Of,
     features_of,
     ledger_of,
@@ -49,7 +49,7 @@ from reasoninterp.severance.rank import (
     search_order,
     single_shares,
 )
-from reasoninterp.severance.rival import RETURNED, Answers, Told, rival_table, share_returned, tell_apart
+from reasoninterp.severance.location.rival import RETURNED, Answers, Told, rival_table, share_returned, tell_apart
 from reasoninterp.severance.verdict import MIN_BASE_FOLLOW, MIN_TRACES, word_of
 from reasoninterp.stats import proportion
 

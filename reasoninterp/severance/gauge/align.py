@@ -4,7 +4,7 @@ Weights of one function are many (`models.gauge`); a path in weight space, a wei
 a gauge orbit are not the same for all of them.  Layer by layer, with the norms' gains folded into what reads them:
 
 1. Heads are matched by what no gauge changes: cosines of `W_V W_O` and of `W_Q W_Kᵀ`, by linear assignment.
-2. Values and outputs of each key/value head: the change of basis that brings both nearest (`severance.bases`).
+2. Values and outputs of each key/value head: the change of basis that brings both nearest (`severance.gauge.bases`).
 3. Queries and keys likewise, within what commutes with the positions and with the norms of queries and keys.
 4. Neurons of the MLP are matched by what they read and write, scaled alike; then their scale is brought back.
 5. The gains are divided from what reads them so that both are nearest to the base's.
@@ -41,9 +41,9 @@ from reasoninterp.models.layout import (
     write_layer,
 )
 from reasoninterp.models.minds import Minds
-from reasoninterp.severance import bases
-from reasoninterp.severance.bases import squared
-from reasoninterp.severance.invariants import folded, head_costs, neuron_vectors, squared_distances
+from reasoninterp.severance.gauge import bases
+from reasoninterp.severance.gauge.bases import squared
+from reasoninterp.severance.gauge.invariants import folded, head_costs, neuron_vectors, squared_distances
 
 # Fine-tuning by gradients also drifts a little along the gauge: measured up to 0.21 (the last norm of small models).
 MIN_GAIN = 0.30

@@ -29,14 +29,14 @@ from reasoninterp.faithfulness.effect import contrast_effects
 from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import Handle
 from reasoninterp.models.units import Unit
-from reasoninterp.severance.controls import DRAWS, MATCHES, control, same_answer_contrasts
 from reasoninterp.severance.effects import loss_of
-from reasoninterp.severance.grafts import leading_units, unit_entries
-from reasoninterp.severance.interactions import COLUMNS as INTERACTION_COLUMNS
-from reasoninterp.severance.interactions import interactions
-from reasoninterp.severance.moves import WAYS, Moves, Read, Way
-from reasoninterp.severance.smallest import Families, Share, families, is_one_minimal
-from reasoninterp.severance.smallest_figures import draw_sets
+from reasoninterp.severance.grafts.controls import DRAWS, MATCHES, control, same_answer_contrasts
+from reasoninterp.severance.grafts.interactions import COLUMNS as INTERACTION_COLUMNS
+from reasoninterp.severance.grafts.interactions import interactions
+from reasoninterp.severance.grafts.moves import WAYS, Moves, Read, Way
+from reasoninterp.severance.grafts.smallest import Families, Share, families, is_one_minimal
+from reasoninterp.severance.grafts.smallest_figures import draw_sets
+from reasoninterp.severance.grafts.study import leading_units, unit_entries
 from reasoninterp.stats import Estimate, mean
 from reasoninterp.study import Batch, Cell, Row, Study
 

@@ -1,13 +1,13 @@
 """The ledger's core: a readout's change between two minds, split over Units by integrated gradients in weight space.
 
-With `θ(α) = θ_from + α (θ_to − θ_from)` and a readout E (`severance.readouts`; by default the effect of the chain),
+With `θ(α) = θ_from + α (θ_to − θ_from)` and a readout E (`severance.ledger.readouts`; by default the effect of the chain),
 
     A_c = ∫₀¹ ⟨∂E/∂θ_c at θ(α), θ_to,c − θ_from,c⟩ dα        Σ_c A_c = E(to) − E(from)
 
 1. Nodes by Clenshaw–Curtis, whose rule with twice as many intervals contains all nodes of the one before: no gradient
    is thrown away when the rule is refined, and the two ends, whose E is wanted anyway, are nodes too.
 2. At a node, one forward and one backward pass over all contrasts, in batches, and one leaf product for each leaf
-   (`severance.products`); the gradient of no weight is formed.
+   (`severance.ledger.products`); the gradient of no weight is formed.
 3. Intervals are doubled until `|Σ_c A_c − (E(to) − E(from))|` is within the tolerance, relative to the larger |E|.
    `settled` is a second opinion on the entries themselves: how far the rule with half as many intervals, which comes
    for free, is from the last one.
@@ -33,8 +33,8 @@ from reasoninterp.models.checkpoint import checkpointed
 from reasoninterp.models.context import Context
 from reasoninterp.models.minds import blend
 from reasoninterp.models.units import LEVELS
-from reasoninterp.severance.products import Atom, LedgerUnit, Products, home_of, ledger_units, membership
-from reasoninterp.severance.readouts import Readout, reliance
+from reasoninterp.severance.ledger.products import Atom, LedgerUnit, Products, home_of, ledger_units, membership
+from reasoninterp.severance.ledger.readouts import Readout, reliance
 from reasoninterp.traces.contrast import Contrast
 
 FLOOR = 1e-4  # nats: a residual below this is within the tolerance whatever the scale of the readout
@@ -141,7 +141,7 @@ def by_atoms(
     *,
     checkpoint: bool = False,
 ) -> tuple[Float[Tensor, "contrast atom"], list[Atom], Float[Tensor, " contrast"]]:
-    """As `entries`, one column for each atom (`severance.products`), from which every partition is summed."""
+    """As `entries`, one column for each atom (`severance.ledger.products`), from which every partition is summed."""
     products = Products(body, delta)
     with products.watch(len(rows)) as sums, checkpointed(body, checkpoint):
         values = run()
@@ -223,7 +223,7 @@ def integrate(
         nodes: intervals between nodes to begin with (nodes + 1 gradients, the two ends among them).
         max_nodes: most intervals.
         tolerance: largest residual, relative to the larger |E|, with which doubling ends.
-        readout: see `severance.readouts`; None is reliance.
+        readout: see `severance.ledger.readouts`; None is reliance.
         checkpoint: keep one block's activations at a time.
 
     Raises:

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from reasoninterp.models.units import Unit
-from reasoninterp.severance.integrate import Integral
-from reasoninterp.severance.location import RANKING, LocatedSet
-from reasoninterp.severance.moves import Moves, Way
-from reasoninterp.severance.smallest import families
+from reasoninterp.severance.grafts.moves import Moves, Way
+from reasoninterp.severance.grafts.smallest import families
+from reasoninterp.severance.ledger.integrate import Integral
+from reasoninterp.severance.location.location import RANKING, LocatedSet
 from reasoninterp.stats import Estimate, matrix_intervals
 
 MOST_SINGLES = 48  # Units grafted by themselves, those first that lead the ledger
@@ -144,7 +144,7 @@ def features_of(
     lost: tuple[float, float],
     of: Of | None,
 ) -> dict[str, float]:
-    """The features of `severance.confidence`.
+    """The features of `severance.location.confidence`.
 
     Args:
         ranking: a ranking.

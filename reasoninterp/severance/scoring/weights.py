@@ -6,7 +6,7 @@ For a Unit c with weights θ_c (a tied embedding is one Unit):
     weight_norm_relative   the same over ‖θ_base,c‖          severity: the largest over blocks
 
 Frobenius norms in float32, summed in float64.  Not invariant under changes of gauge: align the minds first
-(`severance.align`), or see what that costs.
+(`severance.gauge.align`), or see what that costs.
 """
 
 from __future__ import annotations

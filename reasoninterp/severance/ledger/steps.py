@@ -21,10 +21,10 @@ import pandas as pd
 
 from reasoninterp.models.context import Context, Item, unaskable
 from reasoninterp.severance.effects import loss_of
-from reasoninterp.severance.integrate import check, difference_of
-from reasoninterp.severance.ledger import Evaluate, NodeStudy
-from reasoninterp.severance.ledger_tables import integral_of, level_named, unit_table
-from reasoninterp.severance.products import atoms
+from reasoninterp.severance.ledger.integrate import check, difference_of
+from reasoninterp.severance.ledger.products import atoms
+from reasoninterp.severance.ledger.study import Evaluate, NodeStudy
+from reasoninterp.severance.ledger.tables import integral_of, level_named, unit_table
 from reasoninterp.traces.contrast import Contrast, contrast
 
 WHOLE = "chain"

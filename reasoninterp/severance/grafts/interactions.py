@@ -16,7 +16,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from reasoninterp.severance.moves import WAYS, Moves
+from reasoninterp.severance.grafts.moves import WAYS, Moves
 from reasoninterp.stats import Estimate, ratio
 
 MARGIN = 0.10

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from reasoninterp.severance.location import LocatedSet, Location
-from reasoninterp.severance.rank import leading
-from reasoninterp.severance.rival import Answers, Told
+from reasoninterp.severance.location.location import LocatedSet, Location
+from reasoninterp.severance.location.rank import leading
+from reasoninterp.severance.location.rival import Answers, Told
 from reasoninterp.severance.verdict import (
     MARGIN,
     MIN_BASE_FOLLOW,

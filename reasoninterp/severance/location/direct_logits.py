@@ -71,7 +71,7 @@ def direct_contributions(context: Context, contrasts: Sequence[Contrast], mind: 
 
 @dataclass(frozen=True)
 class CorruptPlan:
-    """The margin of each contrast after its corrupt chain, as a readout of `severance.integrate`."""
+    """The margin of each contrast after its corrupt chain, as a readout of `severance.ledger.integrate`."""
 
     plan: ContrastPlan
 

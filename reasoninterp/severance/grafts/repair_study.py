@@ -1,6 +1,6 @@
 """The study `repair`: what reliance comes back when Units are given back, and what accuracy it costs.
 
-1. The repairs and the controls of `severance.repair` at every alpha, and both minds as they are, read on the run's
+1. The repairs and the controls of `severance.grafts.repair` at every alpha, and both minds as they are, read on the run's
    traces (`in distribution`) and on each further file of traces (named by its stem).
 2. Draws of a random control are averaged within each trace; the least and the greatest draw stand beside the mean.
 3. `change` is the difference to the tuned mind, paired over traces; `restored` is that difference as a share of what
@@ -23,7 +23,7 @@ from reasoninterp.errors import UserError
 from reasoninterp.figures import INK, MIND_COLOURS, MORE_COLOURS, MUTED, NEUTRAL, figure, housed
 from reasoninterp.models.context import Context, ContextSpec, Item
 from reasoninterp.severance.effects import is_safe
-from reasoninterp.severance.repair import (
+from reasoninterp.severance.grafts.repair import (
     MEASURES,
     RANDOM,
     RELIANCE,

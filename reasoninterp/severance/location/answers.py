@@ -1,6 +1,6 @@
 """What a mind answers, in one sitting: E on contrasts, and the answer it gives after swapped chains and whole ones.
 
-This is all of a mind's behaviour that `severance.locate` asks for; `compare` reads far more of it.
+This is all of a mind's behaviour that `severance.location.locate` asks for; `compare` reads far more of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from reasoninterp.faithfulness.effect import contrast_effects
 from reasoninterp.models.context import Context, Item, gold
-from reasoninterp.severance.rival import Answers
+from reasoninterp.severance.location.rival import Answers
 from reasoninterp.stats import Estimate, mean, proportion
 
 

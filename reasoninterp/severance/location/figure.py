@@ -19,7 +19,7 @@ def draw(ranking: pd.DataFrame, *, verdict: str = "", most: int = MOST_UNITS) ->
     """Ledger entries with intervals, and single restore and cut shares, of the first Units of a ranking.
 
     Args:
-        ranking: one row a Unit (`severance.location.RANKING`), the most suspected first.
+        ranking: one row a Unit (`severance.location.location.RANKING`), the most suspected first.
         verdict: put into the title.
         most: how many Units are shown; how many are left out is told.
     """

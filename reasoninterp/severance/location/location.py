@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from reasoninterp.severance.confidence import Confidence
-from reasoninterp.severance.integrate import Integral
-from reasoninterp.severance.mechanism import Mechanism
+from reasoninterp.severance.ledger.integrate import Integral
+from reasoninterp.severance.location.confidence import Confidence
+from reasoninterp.severance.location.mechanism import Mechanism
 from reasoninterp.severance.verdict import Evidence
 from reasoninterp.stats import Estimate
 
@@ -65,7 +65,7 @@ class Location:
         mechanism: how the located Units lost the path; None where nothing was located.
         evidence: claims with their numbers.
         confidence: that the located set is right.
-        answers, rival, direct: tables of `severance.answers`, `severance.rival`, `severance.direct_logits`.
+        answers, rival, direct: tables of `severance.location.answers`, `severance.location.rival`, `severance.location.direct_logits`.
         integral: the ledger, and `ledger_of` what is split; None where the location ended before it.
         aligned: the mind whose Units were grafted and charged: the tuned mind in the base's gauge, or itself.
         costs, notes, minds: what it took, what is to be known, and the names of the two minds.
@@ -114,7 +114,7 @@ class Location:
 
     @property
     def rank_both(self) -> NDArray[np.float64]:
-        """Score of each Unit by smallest sets, grafts and ledger together (see `severance.rank`)."""
+        """Score of each Unit by smallest sets, grafts and ledger together (see `severance.location.rank`)."""
         return self.ranking["rank_both"].to_numpy(np.float64)
 
     def tables(self) -> dict[str, pd.DataFrame]:

@@ -2,12 +2,12 @@
 
 Each is a fair version of what one would try first, on the same pairs, prompts and Units as the ledger and the grafts:
 
-    weight_norm, weight_norm_relative                   where weights moved most            (`competitors_weights`)
-    activation_cosine, activation_cka                   whose outputs changed most          (`competitors_activations`)
-    logit_lens_kl                                       where predictions part              (`competitors_activations`)
-    attention_mass                                      which heads stopped reading steps   (`competitors_activations`)
-    cross_patch                                         whose output restores or cuts E     (`competitors_effects`)
-    attribution_difference                              whose share in E changed            (`competitors_effects`)
+    weight_norm, weight_norm_relative                   where weights moved most            (`weights`)
+    activation_cosine, activation_cka                   whose outputs changed most          (`activations`)
+    logit_lens_kl                                       where predictions part              (`activations`)
+    attention_mass                                      which heads stopped reading steps   (`activations`)
+    cross_patch                                         whose output restores or cuts E     (`effects`)
+    attribution_difference                              whose share in E changed            (`effects`)
     random                                              chance
 
 1. A score is higher for a Unit that is more suspected, and NaN where the method says nothing of it (`scores` ranks it
@@ -27,10 +27,9 @@ import numpy as np
 from reasoninterp.errors import UserError
 from reasoninterp.models.context import Context
 from reasoninterp.models.units import Level, Unit, units
-from reasoninterp.severance import competitors_activations as activations
-from reasoninterp.severance import competitors_effects as effects
-from reasoninterp.severance.competitors_activations import Found, Output, output_of
-from reasoninterp.severance.competitors_weights import weight_norm, weight_norm_relative
+from reasoninterp.severance.scoring import activations, effects
+from reasoninterp.severance.scoring.activations import Found, Output, output_of
+from reasoninterp.severance.scoring.weights import weight_norm, weight_norm_relative
 from reasoninterp.stats import derive_seed
 from reasoninterp.traces.contrast import Contrast
 

@@ -2,13 +2,13 @@
 
 1. The located Units are taken apart at the finest level and their pieces gathered into *parts*: QK circuits (where a
    head looks), OV circuits (what it carries, the output bias included), MLPs, norms, embedding, unembedding.
-2. Each part is grafted by itself, both ways (`severance.moves`): the share of the loss that it alone returns, and that
+2. Each part is grafted by itself, both ways (`severance.grafts.moves`): the share of the loss that it alone returns, and that
    it alone takes away; beside it stands the part's share of the set's entries in the ledger.
 3. A part's *weight* is the mean of its two shares, each held within 0 and 1.  The part that leads names the mechanism
    if its weight is at least `LEAD` and at least `FACTOR` times the next one's: *looks away* (QK), *carries nothing*
    (OV), *mlp*, *norms*, *embedding*, *unembedding*.  Else *mixed*: several parts, or none without the others.
 4. *Shortcut wins* is for an overridden path: it is there, and a component's direct contribution moved towards the rival's
-   answer (`severance.direct_logits`).
+   answer (`severance.location.direct_logits`).
 5. As evidence, the attention from the answer's position to the step that the base's head looks at most, in the located
    layers' head that looks at steps most, in both minds.  It decides nothing: attention may stay though nothing is
    carried, and go because nothing worth reading is left.
@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from reasoninterp.models.body import Body, site
 from reasoninterp.models.context import Context
 from reasoninterp.models.units import Unit, unit_named, units
-from reasoninterp.severance.direct_logits import leading_rival
-from reasoninterp.severance.integrate import Integral
-from reasoninterp.severance.moves import WAYS, Moves
-from reasoninterp.severance.products import LedgerUnit
+from reasoninterp.severance.grafts.moves import WAYS, Moves
+from reasoninterp.severance.ledger.integrate import Integral
+from reasoninterp.severance.ledger.products import LedgerUnit
+from reasoninterp.severance.location.direct_logits import leading_rival
 from reasoninterp.stats import Estimate, difference, mean
 from reasoninterp.traces.contrast import Contrast
 
@@ -139,7 +139,7 @@ def shortcut_wins(found: Mechanism | None, direct: pd.DataFrame) -> tuple[str, s
 
     Args:
         found: the mechanism of the Units that return the follow rate, if any were located.
-        direct: a table of `severance.direct_logits`.
+        direct: a table of `severance.location.direct_logits`.
     """
     lead = leading_rival(direct)
     rest = f"; of the located Units, {found.sentence}" if found is not None else ""

@@ -9,7 +9,7 @@ two redundant places were cut, restoring either suffices), so everything is scor
 2. Set: `jaccard`; place: `layer_error`.
 3. Verdict: `severed_auroc` (one severity for each pair), `calibration` (a stated confidence against what came true).
 
-Intervals over pairs, clustered by base model, are in `severance.score_intervals`.
+Intervals over pairs, clustered by base model, are in `severance.scoring.intervals`.
 
 The AUROC is the Mann–Whitney statistic (midranks for ties); the expected average precision under ties follows McSherry
 & Najork 2008 (ECIR, doi:10.1007/978-3-540-78646-7_38).

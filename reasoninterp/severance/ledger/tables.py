@@ -19,8 +19,8 @@ from reasoninterp.errors import UserError
 from reasoninterp.models.body import Body
 from reasoninterp.models.units import LEVELS, Level, units
 from reasoninterp.severance.effects import loss_of
-from reasoninterp.severance.integrate import Entries, Integral, collect, modules_of
-from reasoninterp.severance.products import Atom, LedgerUnit, home_of, ledger_units, membership
+from reasoninterp.severance.ledger.integrate import Entries, Integral, collect, modules_of
+from reasoninterp.severance.ledger.products import Atom, LedgerUnit, home_of, ledger_units, membership
 from reasoninterp.stats import matrix_intervals
 
 LEDGER_COLUMNS = [

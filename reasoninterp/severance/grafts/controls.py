@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reasoninterp.models.context import Context, unaskable
-from reasoninterp.severance.moves import NOT_SAFE, Moves, Way
+from reasoninterp.severance.grafts.moves import NOT_SAFE, Moves, Way
 from reasoninterp.stats import CONFIDENCE, N_RESAMPLES, Estimate, derive_seed
 from reasoninterp.traces.answers import same_answer
 from reasoninterp.traces.contrast import Contrast, ContrastSet, Refusal, alignment, changed_steps

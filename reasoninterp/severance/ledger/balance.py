@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 
 from reasoninterp.models.context import Context, Item
-from reasoninterp.severance import readouts
 from reasoninterp.severance.effects import loss_of
-from reasoninterp.severance.integrate import Integral, check, difference_of
-from reasoninterp.severance.ledger import Evaluate, NodeStudy
-from reasoninterp.severance.ledger_tables import integral_of, level_named, unit_table
-from reasoninterp.severance.products import atoms
+from reasoninterp.severance.ledger import readouts
+from reasoninterp.severance.ledger.integrate import Integral, check, difference_of
+from reasoninterp.severance.ledger.products import atoms
+from reasoninterp.severance.ledger.study import Evaluate, NodeStudy
+from reasoninterp.severance.ledger.tables import integral_of, level_named, unit_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,7 @@
 
     repaired(U, alpha) = tuned, but on the Units U: base + alpha (tuned - base)         alpha 1: tuned; alpha 0: base on U
 
-1. U is the smallest restoring set (`severance.smallest`, along the ledger), or any Units that are named.
+1. U is the smallest restoring set (`severance.grafts.smallest`, along the ledger), or any Units that are named.
 2. Controls: the whole model, base + alpha (tuned - base) on every weight; as many Units drawn at random; and Units drawn
    at random whose weight change is about as large as that of U (Frobenius norm).
 3. Each mind is read on every trace (`scores`): E and the follow rate of the swap (reliance), accuracy with its own chain
@@ -32,9 +32,9 @@ from reasoninterp.models.context import Context, ContextSpec, Item, gold
 from reasoninterp.models.minds import Handle, Minds, blend, graft, mind
 from reasoninterp.models.saving import check_free, save_mind
 from reasoninterp.models.units import Level, Unit, unit_named, units
-from reasoninterp.severance.controls import Match, random_sets
-from reasoninterp.severance.moves import Moves
-from reasoninterp.severance.smallest import Smallest, smallest_set
+from reasoninterp.severance.grafts.controls import Match, random_sets
+from reasoninterp.severance.grafts.moves import Moves
+from reasoninterp.severance.grafts.smallest import Smallest, smallest_set
 from reasoninterp.stats import Estimate, mean, paired, proportion
 
 SET, WHOLE, RANDOM, SAME_NORM = "set", "whole model", "random, same size", "random, same norm"
@@ -110,7 +110,7 @@ def smallest_restoring(
     Raises:
         UserError: no contrasts, a loss of E that is not safely away from zero, or no set that returns enough.
     """
-    from reasoninterp.severance.integrate import integrate
+    from reasoninterp.severance.ledger.integrate import integrate
 
     every, _ = units_of(context, level)
     contrasts = [i.contrast for i in context.items if i.contrast is not None]

@@ -30,8 +30,8 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.minds import graft
 from reasoninterp.models.units import Level, Unit, units
 from reasoninterp.patching.metric import contrast_plan
-from reasoninterp.severance.integrate import batches
-from reasoninterp.severance.ledger_tables import level_named
+from reasoninterp.severance.ledger.integrate import batches
+from reasoninterp.severance.ledger.tables import level_named
 from reasoninterp.stats import matrix_intervals
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.contrast import Contrast

@@ -1,6 +1,6 @@
 """Rival methods that look at what outputs do to the answer: cross-model and attribution patching.
 
-Outputs are those of `competitors_activations`, but for a layer: its resid_post holds all that came before, so that here
+Outputs are those of `activations`, but for a layer: its resid_post holds all that came before, so that here
 a layer's output is what it writes, attn_out and mlp_out.
 
 1. `cross_patch` (CMAP: Prakash et al. 2024, arXiv:2402.14811): the output of one mind is put in the place of the
@@ -29,7 +29,7 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.read import margins_from_logits
 from reasoninterp.patching.attribution import attribute
 from reasoninterp.patching.metric import DIRECTIONS, ContrastPlan, contrast_plan
-from reasoninterp.severance.competitors_activations import Found, Output, batches, head_output, site_of
+from reasoninterp.severance.scoring.activations import Found, Output, batches, head_output, site_of
 from reasoninterp.traces.contrast import Contrast
 
 

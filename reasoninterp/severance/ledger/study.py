@@ -4,7 +4,7 @@ With `θ(α) = θ_base + α (θ_tuned − θ_base)` and E the effect of the chai
 
     A_c = ∫₀¹ ⟨∂E/∂θ_c at θ(α), θ_tuned,c − θ_base,c⟩ dα        Σ_c A_c = E(tuned) − E(base)
 
-1. Nodes and entries as in `severance.integrate`: nested Clenshaw–Curtis nodes, one forward and one backward pass at
+1. Nodes and entries as in `severance.ledger.integrate`: nested Clenshaw–Curtis nodes, one forward and one backward pass at
    each, leaf products instead of weight gradients.  A cell is a node × trace, so a broken run goes on where it was,
    and doubling the intervals measures new nodes only.
 2. Where the residual, relative to max(|E(base)|, |E(tuned)|), exceeds the tolerance, the intervals are doubled.
@@ -27,9 +27,10 @@ import torch
 
 from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import blend
-from reasoninterp.severance import readouts
-from reasoninterp.severance.integrate import by_atoms, check, difference_of, entries, nodes, within
-from reasoninterp.severance.ledger_tables import (
+from reasoninterp.severance.ledger import readouts
+from reasoninterp.severance.ledger.integrate import by_atoms, check, difference_of, entries, nodes, within
+from reasoninterp.severance.ledger.products import LedgerUnit, atoms, leaf_products, ledger_units
+from reasoninterp.severance.ledger.tables import (
     LEDGER_COLUMNS,
     TABLED,
     integral_of,
@@ -38,7 +39,6 @@ from reasoninterp.severance.ledger_tables import (
     unit_table,
     weight_changes,
 )
-from reasoninterp.severance.products import LedgerUnit, atoms, leaf_products, ledger_units
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.contrast import Contrast
 

@@ -12,7 +12,7 @@
 4. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …: what tuning did may be
    spread over Units of which none alone does much.  Beside each set stand random sets of the other Units that tuning
    changed (of all Units, where too few are left), of as many Units and of about the same weight norm, several draws
-   each (`severance.controls`).
+   each (`severance.grafts.controls`).
 
 `follow` is the share of contrasts in which the corrupt answer is preferred to the clean one after the corrupt chain.
 """
@@ -30,9 +30,9 @@ from reasoninterp.faithfulness.effect import contrast_effects
 from reasoninterp.models.context import Context
 from reasoninterp.models.minds import graft
 from reasoninterp.models.units import Level, Unit, units
-from reasoninterp.severance.controls import DRAWS, Match, random_sets, share_over_draws
 from reasoninterp.severance.effects import is_safe
-from reasoninterp.severance.moves import NOT_SAFE, unit_norms
+from reasoninterp.severance.grafts.controls import DRAWS, Match, random_sets, share_over_draws
+from reasoninterp.severance.grafts.moves import NOT_SAFE, unit_norms
 from reasoninterp.stats import Estimate, derive_seed, mean, proportion, ratio
 from reasoninterp.study import Batch, Cell, Row, Study
 

@@ -22,8 +22,8 @@ from reasoninterp.models.body import Body
 from reasoninterp.models.context import Context
 from reasoninterp.models.minds import blend
 from reasoninterp.patching.metric import ContrastPlan, contrast_plan
-from reasoninterp.severance.integrate import difference_of, nodes
-from reasoninterp.severance.products import Products
+from reasoninterp.severance.ledger.integrate import difference_of, nodes
+from reasoninterp.severance.ledger.products import Products
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.contrast import Contrast
 

@@ -1,0 +1,1 @@
+"""Two minds' heads and head bases, matched before they are compared."""

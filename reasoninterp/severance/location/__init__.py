@@ -1,0 +1,1 @@
+"""Locate: whether the path was cut, where, how, and with what confidence."""

@@ -1,0 +1,1 @@
+"""Scores against planted truth, and the competitors that are scored beside `locate`."""
