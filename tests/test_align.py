@@ -63,6 +63,28 @@ def test_each_gauge_keeps_the_function_and_moves_the_weights(family: str, kind: 
     assert all(found.params[k].dtype == base[k].dtype for k in base)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_ledger_is_of_the_mind_that_has_the_name_now(
+    tmp_path: Path, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that was discarded and given again stands for other weights; nothing of the old ones is used."""
+    if held:  # as on an accelerator
+        monkeypatch.setattr("reasoninterp.severance.ledger.integrate.FORMED_ANEW", ())
+    base = tiny.save_tiny(tmp_path / "base", "llama-gqa", n_layers=2)
+    minds = Minds.load({"base": base, "tuned": tiny.save_tuned(base, tmp_path / "tuned", scale=0.05)})
+    context = Context(minds, items())
+    contrasts = [i.contrast for i in context.items]
+    weights, step = minds.weights("base"), dict(minds.delta("base", "tuned"))
+    minds.derive("new", "base", {k: weights[k] - d for k, d in step.items()})
+    away = integrate(context, contrasts, to_mind="new")
+    minds.discard("new")
+    minds.derive("new", "base", {k: weights[k] + d for k, d in step.items()})
+    found, expected = (integrate(context, contrasts, to_mind=name) for name in ("new", "tuned"))
+    assert found.residual < 0.01 and expected.residual < 0.01
+    assert np.abs(away.values.mean(0) - expected.values.mean(0)).max() > 0.05
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_in_another_gauge_comes_back(family: str, loaded: dict[str, Minds]) -> None:
     minds = loaded[family]
@@ -100,9 +122,9 @@ def test_what_is_left_is_what_tuning_changed(family: str, loaded: dict[str, Mind
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_ordinary_fine_tune_stays_bit_for_bit(family: str, loaded: dict[str, Minds]) -> None:
     minds = loaded[family]
-    names, before = minds.names, minds.weights("tuned")
+    derived, before = minds.derived, minds.weights("tuned")
     result = align(minds, "base", "tuned")
-    assert result.mind == "tuned" and minds.names == names
+    assert result.mind == "tuned" and minds.derived == derived
     assert result.heads == ((0, 1, 2, 3),) * 2
     assert result.distance_before == result.distance_after > 1
     after = minds.weights("tuned")
@@ -163,7 +185,7 @@ def test_bfloat16_is_refused_with_a_note(tmp_path: Path) -> None:
     minds.derive("other", "base", random_gauge(minds.weights("base"), minds.config).params)
     result = align(minds, "base", "other")
     assert result.mind == "other" and "bfloat16" in result.notes[0] and "float32" in result.notes[0]
-    assert minds.names == ("base", "other")
+    assert minds.derived == ("other",)
 
 
 def test_an_alignment_that_would_change_the_function_is_refused(
@@ -175,7 +197,7 @@ def test_an_alignment_that_would_change_the_function_is_refused(
     monkeypatch.setattr("reasoninterp.models.gauge.np.linalg.inv", lambda m: 0.9 * np.linalg.solve(m, np.eye(len(m))))
     assert right is bases.nearest_basis
     result = align(minds, "base", "wrong")
-    assert result.mind == "wrong" and "wrong-aligned" not in minds.names
+    assert result.mind == "wrong" and "wrong-aligned" not in minds.derived
     assert "logits would change" in result.notes[0] and result.distance_after == result.distance_before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from reasoninterp.models.units import LEVELS, units
 from reasoninterp.patching.metric import contrast_plan
 from reasoninterp.severance.ledger.integrate import difference_of, entries, integrate, modules_of, node_entries
 from reasoninterp.severance.ledger.products import atoms, leaf_products, ledger_units
+from reasoninterp.severance.ledger.quadrature import Means, enough, rounding_of
 from reasoninterp.severance.ledger.readouts import READOUTS, after_chains, readout_named
+from reasoninterp.severance.ledger.tables import warnings_of
 from reasoninterp.severance.ledger.tokens import token_entries
 from tests.test_ledger import items, pair
 from tests.tiny import save_lora, save_tiny, save_tuned
@@ -130,7 +133,7 @@ def test_token_entries_sum_to_the_entries_of_each_block(family: str, contexts: d
     with context.open(blend("base", "tuned", 0.4)) as body:
         plan = contrast_plan(context, contrasts(context))
         whole, _ = entries(body, delta, lambda: plan.effects(body, grad=True), plan.owner)
-        heat = token_entries(body, delta, plan)
+        heat = [h.entries for h in token_entries(body, delta, plan)]
         blocks = [u.block for u in ledger_units(body)]
     for k, places in enumerate(heat):
         for block in dict.fromkeys(blocks):
@@ -235,6 +238,78 @@ def test_checkpointing_changes_memory_and_nothing_else(tmp_path: Path, family: s
         peaks.append(Alive.peak)
     assert torch.equal(*found) and found[0].abs().max() > 0.05
     assert peaks[1] < 0.4 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2"])
+def test_nested_checkpointing_changes_nothing(contexts: dict[str, Context], family: str) -> None:
+    context, found = contexts[family], []
+    delta = difference_of(context, "base", "tuned")
+    with context.open("tuned") as body:
+        plan = contrast_plan(context, contrasts(context))
+        blocks = [block.original_component for block in body._bridge.blocks]
+        plain = [vars(b).get("forward") for b in blocks]
+        found.append(entries(body, delta, lambda: plan.effects(body, grad=True), plan.owner)[0])
+        with checkpointed(body):
+            outer = [b.forward for b in blocks]
+            found.append(entries(body, delta, lambda: plan.effects(body, grad=True), plan.owner, checkpoint=True)[0])
+            assert [b.forward for b in blocks] == outer  # the inner one left the outer one in place
+            with checkpointed(body, active=False):
+                found.append(entries(body, delta, lambda: plan.effects(body, grad=True), plan.owner)[0])
+        assert [vars(b).get("forward") for b in blocks] == plain
+        found.append(entries(body, delta, lambda: plan.effects(body, grad=True), plan.owner)[0])
+    assert found[0].abs().max() > 0.05 and all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_doubling_ends_where_only_rounding_is_left(tmp_path: Path, family: str) -> None:
+    base = save_tiny(tmp_path / "base", family, n_layers=2)
+    tuned = save_tuned(base, tmp_path / "tuned", scale=0.005)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        context = Context(Minds.load({"base": base, "tuned": tuned}, dtype=dtype), items())
+        found[dtype] = integrate(context, contrasts(context))
+    assert found["float32"].residual < 1e-4 and found["float32"].rounding == ""
+    half = found["bfloat16"]
+    assert half.residual > 0.02 and half.n_nodes == 9 and half.rounding == "bfloat16"
+    assert half.settled < 0.01  # not a matter of nodes
+    more = integrate(context, contrasts(context), nodes=16, max_nodes=16)
+    assert more.residual > 0.9 * half.residual  # nor would it have been
+    (said,) = [w for w in warnings_of(half, 0.005) if "residual" in w]
+    assert "rounding of bfloat16 weights" in said and "use more nodes" not in said
+    (said,) = [w for w in warnings_of(half._replace(rounding=""), 0.005) if "residual" in w]
+    assert "use more nodes" in said
+    assert not warnings_of(found["float32"], 0.005)
+
+
+def test_when_doubling_ends_by_hand() -> None:
+    """Trapezoid at 1 interval, Simpson at 2; two units whose entries cancel must count as having moved."""
+
+    def known(middle: list[float], change: float) -> dict[float, Means]:
+        ends = np.array([1.0, 1.0])
+        return {0.0: Means(ends, 0.0), 0.5: Means(np.array(middle), 0.0), 1.0: Means(ends, change)}
+
+    still, cancelling = known([1.0, 1.0], 2.5), known([4.0, -2.0], 2.5)
+    assert enough(known([1.0, 1.0], 2.0), 2, 0.005, torch.float32)
+    assert [enough(still, 2, 0.005, d) for d in (torch.float32, torch.bfloat16, torch.float16)] == [False, True, True]
+    assert not enough(cancelling, 2, 0.005, torch.bfloat16)  # the sum stood still, the entries did not
+    assert not enough(still, 1, 0.005, torch.bfloat16)  # nothing to compare with
+    assert rounding_of(still, 2, torch.bfloat16) == "bfloat16" and rounding_of(still, 2, torch.float32) == ""
+    moved = known([1.15, 1.15], 2.5)  # sums 2.0, then 2.2: the residual went from 0.5 to 0.3
+    assert rounding_of(moved, 2, torch.bfloat16) == "" and not enough(moved, 2, 0.005, torch.bfloat16)
+
+
+def test_the_difference_is_not_held_as_a_whole(contexts: dict[str, Context]) -> None:
+    """On the CPU a tensor of it lives as long as its product; the entries are those of the whole one, bit for bit."""
+    context = contexts["llama-gqa"]
+    delta = difference_of(context, "base", "tuned")
+    alive = [weakref.ref(delta[name]) for name in delta]
+    assert alive and not any(ref() is not None for ref in alive)
+    full = dict(context.minds.delta("base", "tuned"))
+    assert set(full) == set(delta) == set(context.minds.body.param_shapes)
+    with context.open("tuned") as body:
+        plan = contrast_plan(context, contrasts(context))
+        found = [entries(body, d, lambda: plan.effects(body, grad=True), plan.owner)[0] for d in (delta, full)]
+    assert torch.equal(*found) and found[0].abs().max() > 0.05
 
 
 def test_half_precision_weights_have_float32_products(tmp_path: Path) -> None:

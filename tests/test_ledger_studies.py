@@ -14,6 +14,7 @@ from reasoninterp.faithfulness.samples import Samples
 from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import Minds
 from reasoninterp.models.units import units
+from reasoninterp.patching.metric import contrast_plan
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
 from reasoninterp.severance.ledger.balance import LedgerBalance, detour_of
@@ -71,6 +72,81 @@ def test_tokens_of_a_trace_sum_to_its_ledger(context: Context, ledger: Tables) -
     clean = tokens[(tokens["trace"] == item.id) & (tokens["side"] == "clean") & (tokens["answer"] == "")]
     assert "".join(clean.sort_values("pos")["token"]) == item.trace.prompt
     assert {"question", "step 0", "step 1"} <= set(clean["part"])
+
+
+def test_token_tables_say_how_far_they_are_to_be_trusted(context: Context, ledger: Tables) -> None:
+    assert context.run is not None
+    coarse = run_study(LedgerTokens(traces=3, nodes=4), context, context.run, quiet=True).tables
+    found = run_study(LedgerTokens(traces=3), context, context.run, quiet=True).tables
+    asked = [i.contrast for i in context.items if i.contrast is not None][:3]
+    ends = []
+    for name in ("base", "tuned"):
+        with context.open(name) as body, torch.no_grad():
+            ends.append(contrast_plan(context, asked).effects(body).double().numpy())
+    for tables, n_nodes in ((coarse, 5), (found, 9)):
+        for table in ("ledger_tokens", "ledger_token_units"):
+            mine = tables[table].groupby("trace", sort=True)
+            residual = mine["attribution"].sum() - (ends[1] - ends[0])
+            assert mine["residual"].first().to_numpy() == pytest.approx(residual.to_numpy(), abs=1e-5)
+            assert (mine["residual"].nunique() == 1).all() and (tables[table]["n_nodes"] == n_nodes).all()
+    worst = [t["ledger_tokens"]["residual"].abs().max() for t in (coarse, found)]
+    assert worst[0] > 5 * worst[1] > 0
+    blocks, parts = found["ledger_token_units"], found["ledger_token_parts"]
+    one = blocks[(blocks["side"] == "clean") & (blocks["part"] == "step 0") & (blocks["unit"] == "L0.attn")]
+    row = parts[(parts["side"] == "clean") & (parts["part"] == "step 0") & (parts["unit"] == "L0.attn")].iloc[0]
+    assert len(one) == row["n"] == 3 and row["attribution"] == pytest.approx(one["attribution"].mean()) != 0
+    assert row["ci_low"] < row["attribution"] < row["ci_high"]
+    assert row["largest_residual"] == blocks["residual"].abs().max()
+    tokens = found["ledger_tokens"]
+    text = tokens[(tokens["side"] == "clean") & (tokens["part"] == "step 0")]
+    assert (one["n_tokens"].to_numpy() <= text.groupby("trace").size().to_numpy()).all() and one["n_tokens"].min() > 0
+
+
+def test_ledgers_that_did_not_settle_are_warned_of(context: Context, tmp_path: Path) -> None:
+    """With few nodes the residual may be small by chance while entries are still far off."""
+    here = Context(context.minds, context.items[:2], max_new_tokens=8)
+    here.run = Run.open(tmp_path / "run", {})
+
+    def tables(study: type, nodes: int) -> Tables:
+        assert here.run is not None
+        return dict(run_study(study(nodes=nodes, max_nodes=nodes, tolerance=0.5), here, here.run, quiet=True).tables)
+
+    coarse = [
+        tables(Ledger, 2)["ledger_total"].iloc[0],
+        tables(LedgerSteps, 2)["ledger_steps_total"].set_index("step").loc["chain"],
+        tables(LedgerBalance, 2)["ledger_balance_total"].set_index("readout").loc["reliance"],
+    ]
+    fine = tables(Ledger, 16)["ledger_total"].iloc[0]
+    for total in coarse:
+        assert total["settled"] > 0.05 and "have not settled" in total["warning"] and total["rounding"] == ""
+    assert fine["settled"] < 1e-3 and "settled" not in fine["warning"]
+
+
+def test_a_balance_whose_entries_cancel_is_warned_of() -> None:
+    nothing = np.zeros((1, 0))
+    found = Integral(
+        (), nothing, np.array([-1.0]), np.array([1.0]), np.array([0.0, 0.5, 1.0]), np.array([-1.0, -4.0, 1.0]), 3, 3,
+        0.0, 0.0, (), nothing,
+    )  # fmt: skip
+    study = LedgerBalance()
+    assert any("not to be read" in w for w in study._warnings(found, "accuracy"))
+    assert not study._warnings(found._replace(along=np.array([-1.0, 0.3, 1.0])), "accuracy")
+
+
+def test_paths_and_traces_have_intervals_and_residuals(context: Context, ledger: Tables) -> None:
+    assert context.run is not None
+    tables = run_study(LedgerPaths(), context, context.run, quiet=True).tables
+    table, straight = tables["ledger_paths"], ledger["ledger"]
+    for path in ("straight", "forwards", "backwards", "mean_of_orders"):
+        assert (table[f"{path}_ci_low"] <= table[path] + 1e-12).all() and (table[path].abs() > 1e-4).any()
+        assert (table[path] <= table[f"{path}_ci_high"] + 1e-12).all()
+        assert (table[f"{path}_ci_low"] < table[f"{path}_ci_high"]).sum() > 2
+    mine = straight[straight["level"] == "block"].set_index("unit")
+    assert table.set_index("unit")["straight_ci_low"].to_dict() == mine["ci_low"].to_dict()
+    assert (tables["ledger_paths_agreement"]["n"] == len(context.items)).all()
+    traces, total = ledger["ledger_traces"], ledger["ledger_total"].iloc[0]
+    assert traces.groupby("trace")["residual"].first().mean() == pytest.approx(total["residual"], abs=1e-9)
+    assert traces["residual"].abs().max() > 0
 
 
 def test_unit_by_unit_telescopes_and_agrees_where_only_one_unit_moved(context: Context, ledger: Tables) -> None:

@@ -47,9 +47,9 @@ def test_a_derived_mind_equals_one_that_was_loaded(tmp_path: Path, family: str) 
     names = list(tuned)
     changed, returned = names[3], names[5]
     minds.derive("new", "tuned", {changed: tuned[changed] * 2, returned: minds.weights("base")[returned]})
-    assert same(live(minds), before) and minds.names == ("base", "tuned", "new")
+    assert same(live(minds), before) and (minds.names, minds.derived) == (("base", "tuned"), ("new",))
     loaded = Minds.load({"base": str(tmp_path / "base"), "new": saved(tmp_path, minds, "new")})
-    assert loaded.hashes["new"] == minds.hashes["new"] != minds.hashes["tuned"]
+    assert loaded.hashes["new"] == minds.digest("new") != minds.hashes["tuned"]
     assert loaded.hashes["base"] == minds.hashes["base"]
     with loaded.at("new") as body:
         expected = body.forward(IDS)
@@ -87,14 +87,30 @@ def test_a_parameter_that_no_mind_changed_before(tmp_path: Path) -> None:
         minds.discard("new")  # "newer" has its tensor
     minds.discard("newer")
     minds.discard("new")
-    assert minds.names == ("base", "twin")
+    assert not minds.derived
     minds.derive("new", "twin", {name: before[name] + 2})
     with minds.at("new"):
         assert torch.equal(live(minds)[name], before[name] + 2)
-    hash_of_two = minds.hashes["new"]
+    hash_of_two = minds.digest("new")
     minds.discard("new")
     minds.derive("new", "twin", {name: before[name] + 1})
-    assert minds.hashes["new"] != hash_of_two
+    assert minds.digest("new") != hash_of_two and list(minds.hashes) == ["base", "twin"]
+
+
+def test_what_is_kept_by_names_is_forgotten_with_a_name(tmp_path: Path) -> None:
+    minds = load(tmp_path, "llama")
+    name = "model.norm.weight"
+    minds.derive("new", "tuned", {name: minds.weights("tuned")[name] + 1})
+    minds.memo["alignment", "base", "new"] = "of what was called new"
+    minds.derive("other", "tuned", {})
+    assert minds.memo  # further names change nothing
+    held = minds.difference("base", "new")
+    assert set(held) == {p for p, _ in minds.delta("base", "new")} and name in held and "nothing" not in held
+    torch.testing.assert_close(held[name], minds.weights("tuned")[name] + 1 - minds.weights("base")[name])
+    held[name].zero_()  # formed anew
+    assert held[name].abs().max() > 0.5 and len(held) == len(list(held))
+    minds.discard("new")
+    assert not minds.memo
 
 
 def test_derived_tensors_are_copies_and_may_go_to_files(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def measure(size: Size, nodes: int, rounds: int, seed: int) -> dict[str, Any]:
         found: list[Any] = []
 
         def ledger() -> None:
-            context.__dict__.pop("_differences", None)  # the difference is formed anew: it is part of the cost
+            context.minds.memo.pop("difference", None)  # the difference is formed anew: it is part of the cost
             found[:] = [integrate(context, chosen, nodes=nodes, max_nodes=nodes)]
 
         with resident_peak() as resident:

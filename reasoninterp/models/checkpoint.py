@@ -24,8 +24,11 @@ def checkpointed(body: Body, active: bool = True) -> Iterator[None]:
     Args:
         body: the network.
         active: with False, nothing changes.
+
+    May be nested; the inner one changes nothing.
     """
-    blocks = [block.original_component for block in body._bridge.blocks] if active else []
+    every = [block.original_component for block in body._bridge.blocks] if active else []
+    blocks = [block for block in every if not getattr(block.forward, "recomputing", False)]
     for block in blocks:
         block.forward = _recomputing(block.forward)
     try:
@@ -47,4 +50,5 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
         # leaf sees is kept alive by it.
         return checkpoint(lambda *a: forward(*a, **kwargs), *args, use_reentrant=True, preserve_rng_state=False)
 
+    run.recomputing = True  # type: ignore[attr-defined]  # by which a nested `checkpointed` knows it
     return run

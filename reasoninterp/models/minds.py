@@ -33,7 +33,7 @@ from reasoninterp.models.checks import (
 from reasoninterp.models.load import Loaded, load_hf, read_config
 from reasoninterp.models.source import Source, names_adapter, quiet, resolve_source
 from reasoninterp.models.units import Level, Unit, units
-from reasoninterp.models.weights import FileIndex, Handle, Recipe, Store, blend, graft, mind, pad_rows
+from reasoninterp.models.weights import Difference, FileIndex, Handle, Recipe, Store, blend, graft, mind, pad_rows
 
 __all__ = ["Handle", "MemoryPlan", "Minds", "blend", "graft", "mind"]
 
@@ -61,7 +61,11 @@ class MemoryPlan:
 
 
 class Minds:
-    """Named minds over one body.  Made by `Minds.load`."""
+    """Named minds over one body.  Made by `Minds.load`.
+
+    `names` are the minds that were loaded; those that `derive` made since are `derived`.  `memo` is for what is computed from minds and kept by their names (differences, alignments): `discard` empties it,
+    since from then on a name may stand for other weights (`discarded` counts, for keys of what is kept elsewhere).
+    """
 
     def __init__(self, body: Body, params: Mapping[str, Tensor], store: Store, loaded: Mapping[str, Any]) -> None:
         self.body = body
@@ -74,6 +78,8 @@ class Minds:
         self._store = store
         self._hashes: dict[str, str] = {}
         self._derived: dict[str, str] = {}  # by derived mind, the mind it was made from
+        self.memo: dict[Any, Any] = {}
+        self.discarded = 0  # how many minds were
         self._budget = 0
         self._inside = mind(self.names[0])
         self._torn = False  # whether a write broke off half-way
@@ -166,6 +172,11 @@ class Minds:
         return self.body.dtype
 
     @property
+    def derived(self) -> tuple[str, ...]:
+        """The minds that `derive` made, without those that were discarded."""
+        return tuple(self._derived)
+
+    @property
     def n_params(self) -> int:
         """Number of scalars in the body."""
         return sum(p.numel() for p in self._params.values())
@@ -177,6 +188,12 @@ class Minds:
             with self.at(self.names[0]):
                 self._hashes = {name: self._store.digest(name, self._params) for name in self.names}
         return dict(self._hashes)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the weights of one mind, loaded or derived."""
+        self.handle(name)
+        with self.at(self.names[0]):
+            return self._store.digest(name, self._params)
 
     @property
     def inside(self) -> Handle:
@@ -207,8 +224,9 @@ class Minds:
             UserError: no such mind.
         """
         handle = mind(which)
-        if unknown := sorted(handle.minds() - set(self.names)):
-            raise UserError(f"mind: {unknown[0]!r} is not loaded; the minds are {', '.join(self.names)}.")
+        here = (*self.names, *self.derived)
+        if unknown := sorted(handle.minds() - set(here)):
+            raise UserError(f"mind: {unknown[0]!r} is not loaded; the minds are {', '.join(here)}.")
         return handle
 
     def free_memory(self) -> int:
@@ -235,15 +253,12 @@ class Minds:
 
         Rows of the vocabulary that the minds do not share are zero.
         """
+        return iter(self.difference(start, stop).items())
+
+    def difference(self, start: str | Handle, stop: str | Handle) -> Difference:
+        """As `delta`, each tensor formed anew whenever it is asked for, so that none is kept."""
         first, second = self.handle(start), self.handle(stop)
-        for param in self._recipes:
-            a, b = self._store.recipe(first, param), self._store.recipe(second, param)
-            if a == b:
-                continue
-            difference = self._store.value(b, param).float() - self._store.value(a, param).float()
-            if param in _VOCABULARY:
-                difference[self.body.n_vocab_shared :] = 0
-            yield param, difference
+        return Difference(self._store, first, second, list(self._recipes), self.body.n_vocab_shared)
 
     def weights(self, which: str | Handle) -> dict[str, Tensor]:
         """Copies of a handle's parameters, on the CPU, in the body's dtype and shapes; what is in stays in."""
@@ -257,7 +272,8 @@ class Minds:
     def derive(self, name: str, of: str, tensors: Mapping[str, Tensor]) -> None:
         """Register a further mind: the weights of mind `of`, with these tensors in place of its own.
 
-        It is one of `names` from now on, with the tokenizer and the source of `of`.  Only what is new is kept.
+        It is one of `derived` from now on, with the tokenizer and the source of `of`, and no part of what is told of the
+        minds by their `names` (studies' cells, hashes).  Only what is new is kept.
 
         Args:
             name: of the new mind.
@@ -267,7 +283,7 @@ class Minds:
         Raises:
             UserError: the name is taken, there is no mind `of`, or a tensor fits no parameter.
         """
-        if name in self.names:
+        if name in (*self.names, *self.derived):
             raise UserError(f"name: a mind {name!r} is here already; choose another name.")
         self.handle(of)
         new = {}
@@ -282,13 +298,11 @@ class Minds:
             for param in new:
                 if self._store.differs(param):
                     self._recipes.setdefault(param, ("mind", self.names[0]))
-        self.names = (*self.names, name)
         self.sources[name], self._tokenizers[name] = self.sources[of], self._tokenizers[of]
         self._derived[name] = of
-        self._hashes = {}
 
     def discard(self, name: str) -> None:
-        """Forget a mind that `derive` made.
+        """Forget a mind that `derive` made, and all of `memo`; the name may be given again.
 
         Raises:
             UserError: it was loaded, another mind was derived from it, or its weights are in.
@@ -298,9 +312,9 @@ class Minds:
         if name in self._derived.values() or name in self._inside.minds():
             raise UserError(f"name: {name!r} is in use; discard what was derived from it and leave `at` first.")
         self._store.discard(name)
-        self.names = tuple(n for n in self.names if n != name)
         del self._derived[name], self.sources[name], self._tokenizers[name]
-        self._hashes = {}
+        self.memo.clear()
+        self.discarded += 1
 
     def _enter(self, handle: Handle) -> None:
         """Write a handle's tensors where they are made otherwise than those that are in."""

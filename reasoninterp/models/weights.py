@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -256,6 +256,41 @@ class Store:
         file = str(Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.safetensors")
         save_file({f"{owner}/{param}": t.detach().cpu().contiguous() for (owner, param), t in tensors.items()}, file)
         self.on_file.update({(owner, param): (file, f"{owner}/{param}") for owner, param in tensors})
+
+
+class Difference(Mapping[str, Tensor]):
+    """`second - first`, float32 on the CPU, of every parameter in which two handles differ; nothing is kept.
+
+    Rows of the vocabulary from `n_shared` on are zero.  A tensor costs a subtraction whenever it is asked for.
+
+    Args:
+        store: what recipes are made of.
+        first: what is taken away.
+        second: what it is taken from.
+        params: in which any minds differ.
+        n_shared: rows of the vocabulary that all minds share.
+    """
+
+    def __init__(self, store: Store, first: Handle, second: Handle, params: Sequence[str], n_shared: int) -> None:
+        self._store, self._n_shared = store, n_shared
+        pairs = {param: (store.recipe(first, param), store.recipe(second, param)) for param in params}
+        self._recipes = {param: (a, b) for param, (a, b) in pairs.items() if a != b}
+
+    def __getitem__(self, param: str) -> Tensor:
+        a, b = (self._store.value(recipe, param).float() for recipe in self._recipes[param])
+        out = b - a
+        if param in self._store.vocabulary:
+            out[self._n_shared :] = 0
+        return out
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._recipes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._recipes)
+
+    def __len__(self) -> int:
+        return len(self._recipes)
 
 
 @dataclass

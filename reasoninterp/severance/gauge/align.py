@@ -89,7 +89,7 @@ def align(
         UserError: no such mind, the name is taken, or an architecture whose gauge is not known.
     """
     name = name or f"{to_mind}-aligned"
-    if name in minds.names:
+    if name in (*minds.names, *minds.derived):
         raise UserError(f"name: a mind {name!r} is here already; choose another name.")
     if not 0 < min_gain < 1:
         raise UserError(f"min_gain: {min_gain:g} is not between 0 and 1.")

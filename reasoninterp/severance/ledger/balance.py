@@ -11,11 +11,13 @@ A Unit with a positive entry of accuracy or chain and a negative one of reliance
 Readouts differ in scale, so a column is compared with its own total (`ledger_balance_total`), not with its neighbour.
 Each readout refines its nodes for itself; its residual stands in the total, and `detour`: how far the readout leaves
 the range of its ends along the path.  Accuracy that both ends have and the middle lacks makes large entries of
-opposite sign whose sum is small; there `detour` is above 1 and the single entries are not to be read.
+opposite sign whose sum is small; there `detour` is above 1 and the single entries are not to be read.  `warning` says
+so, and whatever else is to be known of a readout's ledger.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -23,10 +25,10 @@ import pandas as pd
 from reasoninterp.models.context import Context, Item
 from reasoninterp.severance.effects import loss_of
 from reasoninterp.severance.ledger import readouts
-from reasoninterp.severance.ledger.integrate import Integral, check, difference_of
-from reasoninterp.severance.ledger.products import atoms
+from reasoninterp.severance.ledger.integrate import Integral, difference_of
+from reasoninterp.severance.ledger.quadrature import check
 from reasoninterp.severance.ledger.study import Evaluate, NodeStudy
-from reasoninterp.severance.ledger.tables import integral_of, level_named, unit_table
+from reasoninterp.severance.ledger.tables import integral_of, level_named, unit_table, warnings_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +47,7 @@ class LedgerBalance(NodeStudy):
         tolerance: largest residual, relative to the larger end, with which it is content.
         from_mind: the mind where the path begins.
         to_mind: the mind where it ends.
+        align: bring the tuned mind into the base's gauge first (`severance.gauge.aligned`).
         checkpoint: keep the activations of one block at a time (slower, the same entries).
     """
 
@@ -58,7 +61,7 @@ class LedgerBalance(NodeStudy):
         for name in COLUMNS:
             items = self._items(context, name)
             if items:
-                self.refine(evaluate, lambda alpha, n=name, i=items: self.ask(i, alpha, n))  # type: ignore[misc]
+                self.refine(context, evaluate, partial(self.ask, context, items, readout=name))
 
     def _items(self, context: Context, name: str) -> list[Item]:
         items = [i for i in context.items if i.contrast is not None]
@@ -82,15 +85,17 @@ class LedgerBalance(NodeStudy):
         return readouts.readout_named(name)
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
-        """`ledger_balance` (a Unit a row, a readout a column) and `ledger_balance_total` (a readout a row)."""
-        delta, out, totals = difference_of(context, self.from_mind, self.to_mind), pd.DataFrame(), []
+        """`ledger_balance` (a Unit a row, a readout a column), `ledger_balance_total` (a readout a row) and
+        `ledger_balance_alignment` (notes)."""
+        pair, out, totals = self.pair(context), pd.DataFrame(), []
+        delta = difference_of(context, self.from_mind, pair.end)
         for name in COLUMNS:
             part = rows[rows["readout"] == name] if len(rows) else rows
             if not len(part):
                 continue
             with context.open(self.from_mind) as body:
-                found, _ = integral_of(part, body, atoms(body), part["alpha"].nunique() - 1)
-                table = unit_table(found, body, delta, level_named(self.level), context.seed)
+                found, _ = integral_of(part, body, part["alpha"].nunique() - 1)
+                table = unit_table(found, body, delta, level_named(self.level), context.seed, pair.withheld)
             if not len(out):
                 out = table[["unit", "layer", "kind", "head", "circuit", "level", "weight_change"]].copy()
             out[name], out[f"{name}_ci_low"], out[f"{name}_ci_high"], out[f"{name}_n"] = (
@@ -114,10 +119,23 @@ class LedgerBalance(NodeStudy):
                     "along_min": float(found.along.min()),
                     "along_max": float(found.along.max()),
                     "detour": detour_of(found),
+                    "rounding": found.rounding,
                     "n": len(found.values),
+                    "warning": "; ".join([*self._warnings(found, name), *pair.warnings]),
+                    "convention": pair.convention,
                 }
             )
-        return {"ledger_balance": out, "ledger_balance_total": pd.DataFrame(totals)}
+        return {
+            "ledger_balance": out,
+            "ledger_balance_total": pd.DataFrame(totals),
+            "ledger_balance_alignment": pair.table(),
+        }
+
+    def _warnings(self, found: Integral, name: str) -> list[str]:
+        out, detour = warnings_of(found, self.tolerance, name.replace("_", " ")), detour_of(found)
+        if detour > 1:
+            out.append(f"the path leaves its ends by {detour:.1f} times the change: single entries are not to be read")
+        return out
 
     def draw(self, summary: Any) -> Figure | None:
         """One column of bars a readout, Units in forward order."""

@@ -9,11 +9,17 @@ With `θ(α) = θ_from + α (θ_to − θ_from)` and a readout E (`severance.led
 2. At a node, one forward and one backward pass over all contrasts, in batches, and one leaf product for each leaf
    (`severance.ledger.products`); the gradient of no weight is formed.
 3. Intervals are doubled until `|Σ_c A_c − (E(to) − E(from))|` is within the tolerance, relative to the larger |E|.
-   `settled` is a second opinion on the entries themselves: how far the rule with half as many intervals, which comes
-   for free, is from the last one.
+   In bfloat16 and float16 doubling also ends where only rounding is left (`severance.ledger.quadrature`).  `settled` is
+   a second opinion on the entries themselves: how far the rule with half as many intervals, which comes for free, is
+   from the last one.
 
 Integrated gradients: Sundararajan et al. 2017 (arXiv:1703.01365), here along weights instead of inputs.  A positive
 entry is gained by the way from `from_mind` to `to_mind`, a negative one lost; nats of the readout.
+
+Memory, in copies of the parameters that differ (P of them; w bytes a weight, 4 or 2).  Host: the two minds, 2 w P.
+Device: the body, w P, its activations (`checkpoint` for one block's) and the float32 difference: on the CPU one tensor
+of it at a time, so that 3 w P are held in all; on an accelerator the whole, w P + 4 P.  Both minds are kept because the
+ends have to be theirs bit for bit, which `θ_from + 1 · (θ_to − θ_from)` in floating point is not.
 """
 
 from __future__ import annotations
@@ -31,13 +37,15 @@ from reasoninterp.errors import UserError
 from reasoninterp.models.body import Body
 from reasoninterp.models.checkpoint import checkpointed
 from reasoninterp.models.context import Context
-from reasoninterp.models.minds import blend
+from reasoninterp.models.minds import Handle, blend
 from reasoninterp.models.units import LEVELS
 from reasoninterp.severance.ledger.products import Atom, LedgerUnit, Products, home_of, ledger_units, membership
+from reasoninterp.severance.ledger.quadrature import Means, check, enough, rounding_of
+from reasoninterp.severance.ledger.quadrature import nodes as rule
 from reasoninterp.severance.ledger.readouts import Readout, reliance
 from reasoninterp.traces.contrast import Contrast
 
-FLOOR = 1e-4  # nats: a residual below this is within the tolerance whatever the scale of the readout
+FORMED_ANEW = ("cpu",)  # devices on which a difference is not held: forming it costs less there than a leaf's product
 
 
 class Integral(NamedTuple):
@@ -53,6 +61,7 @@ class Integral(NamedTuple):
         residual: `|Σ entries − (e_to − e_from)|` of the means, relative to the larger |mean|.
         settled: largest change of a finest mean entry from the rule with half as many intervals, relative likewise.
         modules, by_module: the plain model's modules and their entries [contrast, module].
+        rounding: the weights' dtype where its rounding, which no further node shrinks, keeps the residual up; else "".
     """
 
     units: tuple[LedgerUnit, ...]
@@ -67,6 +76,7 @@ class Integral(NamedTuple):
     settled: float
     modules: tuple[str, ...]
     by_module: NDArray[np.float64]
+    rounding: str = ""
 
     def at(self, level: str) -> dict[str, NDArray[np.float64]]:
         """Entries [contrast] of every Unit of a level (`fine` to `layer`, or `module`), by its name.
@@ -83,22 +93,6 @@ class Integral(NamedTuple):
             name = home_of(unit, level).name
             out[name] = out[name] + self.values[:, k] if name in out else self.values[:, k].copy()
         return out
-
-
-def nodes(n: int) -> list[tuple[float, float]]:
-    """Clenshaw–Curtis nodes on [0, 1] for `n` intervals (n + 1 nodes) with their weights, which sum to 1.
-
-    Exact for polynomials up to degree n; the nodes for n are among those for 2 n, bit for bit.  Waldvogel 2006 (BIT
-    46:195) and Trefethen 2008 (SIAM Review 50:67), who finds it as good as Gauss's rule in practice.
-    """
-    k = np.arange(n + 1)
-    j = np.arange(1, n // 2 + 1)
-    b = np.where(2 * j == n, 1.0, 2.0)
-    w = 1 - (b / (4 * j**2 - 1) * np.cos(2 * np.outer(k, j) * np.pi / n)).sum(1)
-    w *= np.where((k == 0) | (k == n), 0.5, 1.0) / n
-    alphas = (1 - np.cos(k * np.pi / n)) / 2
-    alphas = np.where(2 * k < n, alphas, np.where(2 * k > n, 1 - alphas[::-1], 0.5))  # symmetric to the last bit
-    return [(float(a), float(b)) for a, b in zip(alphas, w, strict=True)]
 
 
 class Entries(NamedTuple):
@@ -151,13 +145,27 @@ def by_atoms(
     return out, products.atoms, values.detach()
 
 
-def difference_of(context: Context, base: str, tuned: str) -> dict[str, Tensor]:
-    """`θ_tuned − θ_base` by parameter name, float32, on the body's device; the last pair's is kept."""
-    kept: dict[tuple[str, str], dict[str, Tensor]] = context.__dict__.setdefault("_differences", {})
-    if (base, tuned) not in kept:
-        kept.clear()  # one context may hold many tuned minds; their differences are as large as the model
-        kept[base, tuned] = {k: d.to(context.minds.body.device) for k, d in context.minds.delta(base, tuned)}
-    return kept[base, tuned]
+def difference_of(context: Context, base: str, tuned: str) -> Mapping[str, Tensor]:
+    """`θ_tuned − θ_base` by parameter name, float32, on the body's device.
+
+    On the CPU each tensor is formed when it is asked for; elsewhere, where that would move the model once a batch, all
+    are formed once, and the last pair's are kept until a mind is discarded.
+    """
+    minds = context.minds
+    if minds.body.device.type in FORMED_ANEW:
+        return minds.difference(base, tuned)
+    kept: tuple[tuple[str, str], dict[str, Tensor]] | None = minds.memo.get("difference")
+    if kept is None or kept[0] != (base, tuned):
+        minds.memo.pop("difference", None)  # minds may be many; their differences are as large as the model
+        kept = (base, tuned), {k: d.to(minds.body.device) for k, d in minds.delta(base, tuned)}
+        minds.memo["difference"] = kept
+    return kept[1]
+
+
+def difference_along(context: Context, node: Handle) -> Mapping[str, Tensor]:
+    """`θ_to − θ_from` of the two minds that a node is a blend of (see `difference_of`)."""
+    assert node.first is not None and node.second is not None
+    return difference_of(context, node.first.name, node.second.name)
 
 
 def modules_of(body: Body) -> list[str]:
@@ -241,20 +249,22 @@ def integrate(
                     context, contrasts, alpha, from_mind=from_mind, to_mind=to_mind, readout=readout,
                     checkpoint=checkpoint,
                 )  # fmt: skip
-        total = float(sum(w * known[a].by_unit.sum(1).mean() for a, w in rule(n)))
-        e_from, e_to = known[0.0].values, known[1.0].values
-        if within(total, float(e_from.mean()), float(e_to.mean()), tolerance) or 2 * n > max_nodes:
+        if 2 * n > max_nodes or enough(_means(known), n, tolerance, context.minds.dtype):
             break
         n *= 2
     with context.open(from_mind) as body:
         places, modules = tuple(ledger_units(body)), tuple(modules_of(body))
-    return collect(known, n, places, modules)
+    return collect(known, n, places, modules, context.minds.dtype)
 
 
 def collect(
-    known: Mapping[float, Entries], n: int, places: tuple[LedgerUnit, ...], modules: tuple[str, ...]
+    known: Mapping[float, Entries],
+    n: int,
+    places: tuple[LedgerUnit, ...],
+    modules: tuple[str, ...],
+    dtype: torch.dtype = torch.float32,
 ) -> Integral:
-    """The integral from what is known at the nodes for `n` intervals."""
+    """The integral from what is known at the nodes for `n` intervals, with weights of this dtype."""
     used = rule(n)
     values = _sum(w * known[a].by_unit for a, w in used)
     e_from, e_to = known[0.0].values, known[1.0].values
@@ -276,19 +286,8 @@ def collect(
         settled=settled,
         modules=modules,
         by_module=_sum(w * known[a].by_module for a, w in used),
+        rounding=rounding_of(_means(known), n, dtype),
     )
-
-
-def check(nodes: int, max_nodes: int, tolerance: float) -> None:
-    """Raise a UserError where the numbers of a quadrature are out of range."""
-    if nodes < 1 or max_nodes < nodes or tolerance <= 0:
-        raise UserError("ledger: --nodes must be at least 1, --max-nodes not less, and --tolerance above 0.")
-
-
-def within(total: float, e_from: float, e_to: float, tolerance: float) -> bool:
-    """Whether the entries sum to the change of the readout closely enough."""
-    scale = max(abs(e_from), abs(e_to))
-    return abs(total - (e_to - e_from)) <= max(tolerance * scale, FLOOR)
 
 
 def _sum(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -296,4 +295,5 @@ def _sum(parts: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
     return np.sum(found, axis=0)
 
 
-rule = nodes  # `integrate` has an argument of that name
+def _means(known: Mapping[float, Entries]) -> dict[float, Means]:
+    return {a: Means(e.by_unit.mean(0), float(e.values.mean())) for a, e in known.items()}

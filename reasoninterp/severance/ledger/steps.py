@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from reasoninterp.models.context import Context, Item, unaskable
 from reasoninterp.severance.effects import loss_of
-from reasoninterp.severance.ledger.integrate import check, difference_of
-from reasoninterp.severance.ledger.products import atoms
+from reasoninterp.severance.ledger.integrate import difference_of
+from reasoninterp.severance.ledger.pair import Pair
+from reasoninterp.severance.ledger.quadrature import check
 from reasoninterp.severance.ledger.study import Evaluate, NodeStudy
-from reasoninterp.severance.ledger.tables import integral_of, level_named, unit_table
+from reasoninterp.severance.ledger.tables import integral_of, level_named, unit_table, warnings_of
 from reasoninterp.traces.contrast import Contrast, contrast
 
 WHOLE = "chain"
@@ -73,6 +75,7 @@ class LedgerSteps(NodeStudy):
         tolerance: largest residual, relative to the larger |E|, with which it is content.
         from_mind: the mind where the path begins.
         to_mind: the mind where it ends.
+        align: bring the tuned mind into the base's gauge first (`severance.gauge.aligned`).
         checkpoint: keep the activations of one block at a time (slower, the same entries).
     """
 
@@ -83,7 +86,7 @@ class LedgerSteps(NodeStudy):
         check(self.nodes, self.max_nodes, self.tolerance)
         level_named(self.level)
         for step, items in self._groups(context).items():
-            self.refine(evaluate, lambda alpha, s=step, i=items: self.ask(i, alpha, "reliance", step=s))  # type: ignore[misc]
+            self.refine(context, evaluate, partial(self.ask, context, items, readout="reliance", step=step))
 
     def _groups(self, context: Context) -> dict[str, list[Item]]:
         """Items by `chain` or by the step's place."""
@@ -93,29 +96,32 @@ class LedgerSteps(NodeStudy):
         return {name: items for name, items in groups.items() if items}
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
-        """`ledger_steps` (step × Unit), `ledger_steps_total` (a row a step) and `ledger_steps_refused`."""
+        """`ledger_steps` (step × Unit), `ledger_steps_total` (a row a step), `ledger_steps_refused` and
+        `ledger_steps_alignment` (notes)."""
+        pair = self.pair(context)
         _, refused = step_contrasts(context, context.items)
         left_out = pd.DataFrame(sorted(refused.items()), columns=["reason", "n"])
+        about = {"ledger_steps_refused": left_out, "ledger_steps_alignment": pair.table()}
         if not len(rows):
             empty = pd.DataFrame(columns=["step", "unit", "attribution", "ci_low", "ci_high", "n"])
-            return {"ledger_steps": empty, "ledger_steps_total": pd.DataFrame(), "ledger_steps_refused": left_out}
+            return {"ledger_steps": empty, "ledger_steps_total": pd.DataFrame(), **about}
         n_steps = {i.id: len(i.trace.steps) for i in context.items}
         tables, totals = [], []
         for name, part in grouped(rows, n_steps):
-            table, total = self._one(context, part)
+            table, total = self._one(context, part, pair)
             tables.append(table.assign(step=name))
             totals.append({"step": name, **total})
         return {
             "ledger_steps": pd.concat(tables, ignore_index=True),
             "ledger_steps_total": pd.DataFrame(totals),
-            "ledger_steps_refused": left_out,
+            **about,
         }
 
-    def _one(self, context: Context, part: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
-        delta = difference_of(context, self.from_mind, self.to_mind)
+    def _one(self, context: Context, part: pd.DataFrame, pair: Pair) -> tuple[pd.DataFrame, dict[str, Any]]:
+        delta = difference_of(context, self.from_mind, pair.end)
         with context.open(self.from_mind) as body:
-            found, _ = integral_of(part, body, atoms(body), part["alpha"].nunique() - 1)
-            table = unit_table(found, body, delta, level_named(self.level), context.seed)
+            found, _ = integral_of(part, body, part["alpha"].nunique() - 1)
+            table = unit_table(found, body, delta, level_named(self.level), context.seed, pair.withheld)
         loss = loss_of(found.e_from, found.e_to, seed=context.seed)
         return table, {
             "e_base": float(found.e_from.mean()),
@@ -124,9 +130,13 @@ class LedgerSteps(NodeStudy):
             "loss_ci_low": loss.ci_low,
             "loss_ci_high": loss.ci_high,
             "residual_relative": found.residual,
+            "settled": found.settled,
+            "rounding": found.rounding,
             "n_nodes": found.n_nodes,
             "within_tolerance": found.residual <= self.tolerance,
             "n": len(found.values),
+            "warning": "; ".join([*warnings_of(found, self.tolerance), *pair.warnings]),
+            "convention": pair.convention,
         }
 
 

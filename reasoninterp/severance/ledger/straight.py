@@ -9,6 +9,8 @@ Entries of integrated gradients sum to the loss along *any* path from base to tu
    order.  They sum to the same loss as the straight ledger.
 3. Agreement: rank correlation (Spearman) of each order with the straight ledger and with each other, the largest change
    of an entry relative to the loss, and whether the leading Unit is the same.
+4. All paths end in the tuned mind as aligned with the base (`severance.ledger.pair`).  A run's ledger that ends in
+   another mind (one was aligned, the other not) is no split of the same path: `straight` is then left out, with a note.
 
 Where Units are redundant, the one that is moved last takes the blame; where they act only together, the first to
 break the path does.  The orders then disagree with each other, and the straight ledger, which moves all at once,
@@ -30,6 +32,8 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.minds import graft
 from reasoninterp.models.units import Level, Unit, units
 from reasoninterp.patching.metric import contrast_plan
+from reasoninterp.severance.gauge.align import Alignment
+from reasoninterp.severance.gauge.aligned import Asked, aligned, alignment_table, each_mind, group_of
 from reasoninterp.severance.ledger.integrate import batches
 from reasoninterp.severance.ledger.tables import level_named
 from reasoninterp.stats import matrix_intervals
@@ -104,56 +108,86 @@ class LedgerPaths(Study):
         level: `block`, `layer`, `head`, `circuit` or `fine`.
         from_mind: the mind where the paths begin.
         to_mind: the mind where they end.
+        align: bring the tuned mind into the base's gauge first (`severance.gauge.aligned`).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("ledger",)
     level: str = "block"
     from_mind: str = "base"
     to_mind: str = "tuned"
+    align: bool = True
 
     def cells(self, context: Context) -> Iterable[Cell]:
         """Every order × size of the moved set × item with a contrast."""
+        end = self._aligned(context).mind
         with context.open(self.from_mind) as body:
             found = units(body, level_named(self.level))
         for name, order in (("forwards", found), ("backwards", found[::-1])):
             for n in range(len(order) + 1):
-                handle = graft(self.from_mind, self.to_mind, order[:n])
+                handle = graft(self.from_mind, end, order[:n])
                 for item in context.items:
                     if item.contrast is not None:
                         labels = {"order": name, "moved": n, "trace": item.id}
                         yield Cell(
                             key=f"{self.level}/{name}/{n}/{item.id}/{item.digest[:8]}",
-                            group=handle,
+                            group=group_of(context, handle),
                             labels=labels,
-                            item=item,
+                            item=Asked(handle, item),
                         )
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per contrast: its effect with the first Units moved."""
-        with torch.no_grad():
-            values = contrast_plan(context, [i.contrast for i in batch.items]).effects(context.body)
-        for cell, effect in zip(batch, values.tolist(), strict=True):
-            yield cell.row(effect=effect)
+        for part in each_mind(context, batch, self.from_mind, self.to_mind, align=self.align):
+            with torch.no_grad():
+                values = contrast_plan(context, [asked.item.contrast for asked in part.items]).effects(context.body)
+            for cell, effect in zip(part, values.tolist(), strict=True):
+                yield cell.row(effect=effect)
+
+    def _aligned(self, context: Context) -> Alignment:
+        return aligned(context, self.from_mind, self.to_mind, align=self.align)
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
-        """`ledger_paths` (a Unit a row, a path a column) and `ledger_paths_agreement` (a pair of paths a row)."""
+        """`ledger_paths` (a Unit a row, a path a column), `ledger_paths_agreement` (a pair of paths a row) and
+        `ledger_paths_alignment` (notes)."""
+        about = self._aligned(context)
+        notes = alignment_table(about)
         if not len(rows):
-            return {"ledger_paths": pd.DataFrame(), "ledger_paths_agreement": pd.DataFrame()}
+            return {
+                "ledger_paths": pd.DataFrame(),
+                "ledger_paths_agreement": pd.DataFrame(),
+                "ledger_paths_alignment": notes,
+            }
         with context.open(self.from_mind) as body:
             found = units(body, level_named(self.level))
-        straight = straight_entries(context.table("ledger"), found, self.level)
-        table = pd.DataFrame({"unit": [u.name for u in found], "level": self.level, "straight": straight})
+        table = pd.DataFrame({"unit": [u.name for u in found], "level": self.level})
+        end = _end_of_ledger(context, self.to_mind)
+        pairs = [("forwards", "backwards")]
+        if end == about.mind:
+            ledger = context.table("ledger")
+            table["straight"] = straight_entries(ledger, found, self.level)
+            table["straight_ci_low"], table["straight_ci_high"] = straight_intervals(ledger, found, self.level).T
+            pairs = [("straight", n) for n in (*ORDERS, "mean_of_orders")] + pairs
+        else:
+            table[["straight", "straight_ci_low", "straight_ci_high"]] = np.nan
+            left_out = f"The run's ledger ends in {end}, these paths in {about.mind}: `straight` is left out."
+            notes = pd.concat([notes, notes.iloc[:1].assign(note=left_out)], ignore_index=True)
+        by_trace = []
         for name in ORDERS:
             wide = rows[rows["order"] == name].pivot(index="trace", columns="moved", values="effect").sort_index(axis=1)
             legs = np.diff(wide.to_numpy(np.float64), axis=1)
-            legs = legs if name == "forwards" else legs[:, ::-1]
-            low, high = matrix_intervals(legs, seed=context.seed)
-            table[name], table[f"{name}_ci_low"], table[f"{name}_ci_high"] = legs.mean(0), low, high
-            table["n"] = len(legs)
-        table["mean_of_orders"] = (table["forwards"] + table["backwards"]) / 2
-        pairs = [("straight", n) for n in (*ORDERS, "mean_of_orders")] + [("forwards", "backwards")]
-        out = [{"a": a, "b": b, **_agreement(table, a, b), "n_units": len(table)} for a, b in pairs]
-        return {"ledger_paths": table, "ledger_paths_agreement": pd.DataFrame(out)}
+            by_trace.append(legs if name == "forwards" else legs[:, ::-1])
+            _add(table, name, by_trace[-1], context.seed)
+        table["n"] = len(by_trace[0])
+        _add(table, "mean_of_orders", (by_trace[0] + by_trace[1]) / 2, context.seed)
+        out = [
+            {"a": a, "b": b, **_agreement(table, a, b), "n_units": len(table), "n": int(table["n"].iloc[0])}
+            for a, b in pairs
+        ]
+        return {
+            "ledger_paths": table,
+            "ledger_paths_agreement": pd.DataFrame(out),
+            "ledger_paths_alignment": notes,
+        }
 
     def draw(self, summary: Any) -> Figure | None:
         """Entries of each Unit along the three paths."""
@@ -162,7 +196,8 @@ class LedgerPaths(Study):
         table = summary["ledger_paths"]
         if not len(table):
             return None
-        long = table.melt(id_vars="unit", value_vars=["straight", *ORDERS], var_name="path", value_name="value")
+        shown = [path for path in ("straight", *ORDERS) if table[path].notna().any()]
+        long = table.melt(id_vars="unit", value_vars=shown, var_name="path", value_name="value")
         return bars(long, "unit", hue="path", xlabel="entry, nats")
 
 
@@ -173,6 +208,28 @@ def straight_entries(ledger: pd.DataFrame, found: Sequence[Unit], level: Level |
     if "unembed" in entry and all(u.name != "unembed" for u in found):
         entry["embed"] += entry.pop("unembed")
     return np.array([entry[u.name] for u in found])
+
+
+def straight_intervals(ledger: pd.DataFrame, found: Sequence[Unit], level: Level | str) -> NDArray[np.float64]:
+    """Ends of the straight ledger's intervals [unit, low or high]; NaN where two uses of an embedding were summed."""
+    part = ledger[ledger["level"] == level].set_index("unit")[["ci_low", "ci_high"]].copy()
+    summed = "unembed" in part.index and all(u.name != "unembed" for u in found)
+    if summed:
+        part.loc["embed"] = np.nan
+    return part.loc[[u.name for u in found]].to_numpy(np.float64)
+
+
+def _end_of_ledger(context: Context, to_mind: str) -> str:
+    """The mind in which the path of the run's ledger ends."""
+    if context.run is None or not context.run.has_table("ledger_alignment"):
+        return to_mind
+    return str(context.table("ledger_alignment")["mind"].iloc[0])
+
+
+def _add(table: pd.DataFrame, name: str, entries: NDArray[np.float64], seed: int) -> None:
+    """Means over traces of entries [trace, unit] and their intervals, as columns."""
+    low, high = matrix_intervals(entries, seed=seed)
+    table[name], table[f"{name}_ci_low"], table[f"{name}_ci_high"] = entries.mean(0), low, high
 
 
 def _agreement(table: pd.DataFrame, a: str, b: str) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from reasoninterp.errors import UserError
 from reasoninterp.models.body import Body
-from reasoninterp.models.units import LEVELS, Level, units
+from reasoninterp.models.units import LEVELS, Level, Slice, units
 from reasoninterp.severance.effects import loss_of
 from reasoninterp.severance.ledger.integrate import Entries, Integral, collect, modules_of
-from reasoninterp.severance.ledger.products import Atom, LedgerUnit, home_of, ledger_units, membership
+from reasoninterp.severance.ledger.pair import Pair
+from reasoninterp.severance.ledger.products import LedgerUnit, atoms, home_of, ledger_units, membership
+from reasoninterp.severance.ledger.quadrature import FLOOR
 from reasoninterp.stats import matrix_intervals
 
 LEDGER_COLUMNS = [
@@ -29,10 +30,12 @@ LEDGER_COLUMNS = [
 TABLED: tuple[Level, ...] = (*LEVELS, "module")
 BARRIER = 0.05  # nats per token above the worse end, from which the path is said to run through worse models
 BULGE = 0.10  # share of the larger |E| by which E must leave the range of the ends to be worth a warning
+SETTLED = 0.05  # share of the larger |E| by which a doubling may still move a single entry
 
 
-def integral_of(rows: pd.DataFrame, body: Body, names: Sequence[Atom], n: int) -> tuple[Integral, list[str]]:
+def integral_of(rows: pd.DataFrame, body: Body, n: int) -> tuple[Integral, list[str]]:
     """The integral from rows `trace, alpha, effect, entries` (one column an atom), and the traces in their order."""
+    names = atoms(body)
     places, modules = tuple(ledger_units(body)), tuple(modules_of(body))
     to_unit = membership([a.unit for a in names], [u.name for u in places]).numpy()
     to_module = membership([a.module for a in names], modules).numpy()
@@ -42,7 +45,7 @@ def integral_of(rows: pd.DataFrame, body: Body, names: Sequence[Atom], n: int) -
         part = part.set_index("trace").loc[traces]
         by_atom = np.stack([np.asarray(row, dtype=np.float64) for row in part["entries"]])
         known[float(alpha)] = Entries(by_atom @ to_unit, by_atom @ to_module, part["effect"].to_numpy(np.float64))
-    return collect(known, n, places, modules), traces
+    return collect(known, n, places, modules, body.dtype), traces
 
 
 def places_at(body: Body, level: Level) -> list[LedgerUnit]:
@@ -54,21 +57,31 @@ def places_at(body: Body, level: Level) -> list[LedgerUnit]:
 
 def weight_changes(body: Body, delta: Mapping[str, Tensor], level: Level) -> dict[str, float]:
     """Frobenius norm of the weight change of each Unit of a level."""
-    out = {}
-    for unit in units(body, level):
-        parts = [part.of(delta[part.param]).square().sum() for part in unit.parts if part.param in delta]
-        out[unit.name] = float(torch.stack(parts).sum().sqrt()) if parts else 0.0
+    found = units(body, level)
+    squares = {unit.name: 0.0 for unit in found}
+    parts: dict[str, list[tuple[str, Slice]]] = {}
+    for unit in found:
+        for part in unit.parts:
+            parts.setdefault(part.param, []).append((unit.name, part))
+    for param, mine in parts.items():
+        if param in delta:
+            change = delta[param]  # formed anew at every call
+            for name, part in mine:
+                squares[name] += float(part.of(change).double().square().sum())
+    out = {name: square**0.5 for name, square in squares.items()}
     if body.tied and level != "module":
         out["unembed"] = out["embed"]
     return out
 
 
-def unit_table(found: Integral, body: Body, delta: Mapping[str, Tensor], level: Level, seed: int) -> pd.DataFrame:
-    """One row per Unit of a level: mean entry, interval, weight change."""
+def unit_table(
+    found: Integral, body: Body, delta: Mapping[str, Tensor], level: Level, seed: int, withheld: Sequence[str] = ()
+) -> pd.DataFrame:
+    """One row per Unit of a level: mean entry, interval, weight change; NaN for modules that are `withheld`."""
     names, by_unit, changes = places_at(body, level), found.at(level), weight_changes(body, delta, level)
     values = np.stack([by_unit[u.name] for u in names], axis=1)
     low, high = matrix_intervals(values, seed=seed)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "unit": [u.name for u in names],
             "layer": pd.array([u.layer for u in names], dtype="Int64"),
@@ -83,12 +96,17 @@ def unit_table(found: Integral, body: Body, delta: Mapping[str, Tensor], level: 
             "n": len(values),
         }
     )[LEDGER_COLUMNS]
+    if level == "module":
+        table.loc[table["unit"].isin(withheld), ["attribution", "ci_low", "ci_high", "weight_change"]] = np.nan
+    return table
 
 
 def trace_table(found: Integral, traces: Sequence[str]) -> pd.DataFrame:
-    """`trace, unit, attribution` for every block."""
-    long = pd.DataFrame(found.at("block")).assign(trace=list(traces))
-    return long.melt(id_vars="trace", var_name="unit", value_name="attribution")
+    """`trace, unit, attribution, residual` for every block; the residual is the trace's own, of all its blocks, nats."""
+    residual = found.values.sum(1) - (found.e_to - found.e_from)
+    long = pd.DataFrame(found.at("block")).assign(trace=list(traces), residual=residual)
+    table = long.melt(id_vars=["trace", "residual"], var_name="unit", value_name="attribution")
+    return table[["trace", "unit", "attribution", "residual"]]
 
 
 def barrier_of(alphas: NDArray[np.float64], cross_entropy: NDArray[np.float64]) -> tuple[float, float]:
@@ -102,20 +120,53 @@ def barrier_of(alphas: NDArray[np.float64], cross_entropy: NDArray[np.float64]) 
     return float(excess[worst]), float(alphas[worst])
 
 
+def warnings_of(found: Integral, tolerance: float, what: str = "E") -> list[str]:
+    """What is to be known of a ledger: its residual, entries that have not settled, a path through other minds.
+
+    Args:
+        found: the integral.
+        tolerance: for the residual.
+        what: the readout's name.
+    """
+    out = []
+    ends = float(found.e_from.mean()), float(found.e_to.mean())
+    scale = max(map(abs, ends))
+    if found.residual > tolerance and found.residual * scale > FLOOR:
+        mend = (
+            f"it is the rounding of {found.rounding} weights, which more nodes do not shrink; float32 does"
+            if found.rounding
+            else "use more nodes"
+        )
+        out.append(f"the ledger's residual is {found.residual:.1%}, above the tolerance of {tolerance:.1%}: {mend}")
+    if found.settled > SETTLED and found.settled * scale > FLOOR:
+        out.append(
+            f"entries have not settled: the last doubling of nodes moved one by {found.settled:.1%} of the larger |{what}|,"
+            " so entries of opposite sign may cancel in the sum; begin with more nodes"
+        )
+    low, high = float(found.along.min()), float(found.along.max())
+    beyond = f"both ends ({ends[0]:.2f}, {ends[1]:.2f})"
+    if low < min(ends) - max(BULGE * scale, FLOOR):
+        out.append(f"between the two minds {what} falls to {low:.2f}, below {beyond}")
+    if high > max(ends) + max(BULGE * scale, FLOOR):
+        out.append(f"between the two minds {what} rises to {high:.2f}, above {beyond}")
+    return out
+
+
 def total_row(
-    found: Integral, cross_entropy: NDArray[np.float64] | None, tolerance: float, seed: int
+    found: Integral, cross_entropy: NDArray[np.float64] | None, tolerance: float, seed: int, pair: Pair
 ) -> dict[str, Any]:
-    """Both ends, the loss with its interval, the residual, the nodes, the loss barrier, and warnings.
+    """Both ends, the loss with its interval, the residual, the nodes, the loss barrier, warnings and the convention.
 
     Args:
         found: the integral.
         cross_entropy: at its nodes, mean over traces of the nats per token of gold chain and answer; None: not read.
         tolerance: for the residual.
         seed: of the bootstrap.
+        pair: the two minds.
     """
     loss = loss_of(found.e_from, found.e_to, seed=seed)
     e_base, e_tuned = float(found.e_from.mean()), float(found.e_to.mean())
-    total, scale = float(found.values.sum(1).mean()), max(abs(e_base), abs(e_tuned))
+    total = float(found.values.sum(1).mean())
     row: dict[str, Any] = {
         "e_base": e_base,
         "e_tuned": e_tuned,
@@ -126,16 +177,11 @@ def total_row(
         "residual": total - (e_tuned - e_base),
         "residual_relative": found.residual,
         "settled": found.settled,
+        "rounding": found.rounding,
         "n_nodes": found.n_nodes,
         "n": len(found.values),
     }
-    warnings = []
-    if found.residual > tolerance:
-        warnings.append(f"the residual is above the tolerance of {tolerance:.1%}: use more nodes")
-    if float(found.along.min()) < min(e_base, e_tuned) - BULGE * scale:
-        warnings.append(f"between the two minds E falls to {found.along.min():.2f}, below both ends")
-    if float(found.along.max()) > max(e_base, e_tuned) + BULGE * scale:
-        warnings.append(f"between the two minds E rises to {found.along.max():.2f}, above both ends")
+    warnings = warnings_of(found, tolerance)
     if cross_entropy is not None:
         barrier, alpha = barrier_of(found.alphas, cross_entropy)
         worst, ends = float(cross_entropy.max()), (float(cross_entropy[0]), float(cross_entropy[-1]))
@@ -145,7 +191,7 @@ def total_row(
                 f"the path runs through worse models than either end: cross-entropy {worst:.2f} nats per token "
                 f"(ends {ends[0]:.2f} and {ends[1]:.2f}, barrier {barrier:.2f})"
             )
-    return row | {"warning": "; ".join(warnings)}
+    return row | {"warning": "; ".join([*warnings, *pair.warnings]), "convention": pair.convention}
 
 
 def level_named(text: str) -> Level:
