@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from reasoninterp.cli import set_threads
-from reasoninterp.cli_locate import save
+from reasoninterp.cli_locate import LEVELS, save
 from reasoninterp.compare import open_run
 from reasoninterp.demo import pairs_of, spec_for
 from reasoninterp.figures import MUTED, bars, figure, housed
+from reasoninterp.models.units import Level
 from reasoninterp.organisms import RECIPES, make
 from reasoninterp.runs import Run
 from reasoninterp.severance.location.locate import locate
@@ -47,7 +48,7 @@ def run(
     seed: int = 0,
     only: tuple[str, ...] = PAIRS,
     limit: int = TRACES,
-    level: str = "block",
+    level: Level = "block",
     quiet: bool = False,
 ) -> list[Run]:
     """Make the organisms `only`, locate the loss of each on the first `limit` traces, and write a run for each."""
@@ -97,22 +98,29 @@ def draw(runs: list[Run]) -> Figure:
     made = figure(3.0 * max(1, len(some)), 3.6)
     if not some:
         return made
-    order = list(dict.fromkeys(u for one in some for u in one.table("ranking").sort_values(["layer", "unit"])["unit"]))
-    axes = made.subplots(1, len(some), sharey=True, squeeze=False)[0]
+    every = pd.concat([one.table("ranking") for one in some])
+    first = every["unit"].map(lambda name: -1 if "embed" in name and name != "unembed" else 0)
+    order = list(dict.fromkeys(every.assign(first=first).sort_values(["first", "layer", "unit"])["unit"]))
+    axes = made.subplots(1, len(some), sharex=True, sharey=True, squeeze=False)[0]
     ends = {"ledger": "value", "ledger_ci_low": "ci_low", "ledger_ci_high": "ci_high"}
+    edge = float(every["ledger_ci_low"].min()) * 1.08
     for ax, one in zip(axes, some, strict=True):
         ranking = one.table("ranking").set_index("unit").reindex(order).reset_index()
         verdict = one.table("location")["verdict"].iloc[0]
         bars(
-            ranking.rename(columns=ends), "unit", ax=ax, signed=True, title=f"{one.path.name}: {verdict}", xlabel="nats"
-        )
-        edge = float(ranking["ledger_ci_low"].min()) * 1.08
-        for column, face in (("in_restoring", MUTED), ("in_cutting", "white")):
+            ranking[["unit", *ends]].rename(columns=ends), "unit", ax=ax, signed=True,
+            title=f"{one.path.name} (verdict: {verdict})", xlabel="effect gained or lost (nats)",
+        )  # fmt: skip
+        for column, face, x in (("in_restoring", MUTED, edge), ("in_cutting", "white", 1.06 * edge)):
             at = [k for k, inside in enumerate(ranking[column]) if inside is True]
-            ax.plot(
-                [edge - (0.04 * abs(edge) if face == "white" else 0)] * len(at), at, "o", color=MUTED, mfc=face, ms=4
-            )
-    made.text(0.01, -0.02, "● in the restoring set   ○ in the cutting set", color=MUTED, fontsize=8.5)
+            ax.plot([x] * len(at), at, "o", color=MUTED, mfc=face, ms=4)
+    counts, seeds = every["n"].unique(), {one.manifest["identity"].get("seed") for one in some}
+    made.text(
+        0.01, -0.02,
+        "● in the restoring set   ○ in the cutting set   |   lines: 95 % intervals over "
+        f"{' or '.join(f'{n:.0f}' for n in counts)} traces; seed {', '.join(map(str, seeds))}",
+        color=MUTED, fontsize=8.5, va="top",
+    )  # fmt: skip
     return made
 
 
@@ -137,7 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of tuned organisms")
     parser.add_argument("--limit", type=int, help="only the first traces")
-    parser.add_argument("--level", default="block", choices=["block", "head", "circuit", "layer"])
+    parser.add_argument("--level", default="block", choices=LEVELS)
     parser.add_argument("--quick", action="store_true", help=f"few traces, only {' and '.join(QUICK)}")
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args()

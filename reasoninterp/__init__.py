@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reasoninterp.errors import UserError
-    from reasoninterp.models.context import Context, Item
+    from reasoninterp.models.context import Context, ContextSpec, Item
     from reasoninterp.running import run_study
     from reasoninterp.runs import Run
+    from reasoninterp.severance.location.locate import locate
     from reasoninterp.stats import estimate
     from reasoninterp.study import Batch, Cell, Study
     from reasoninterp.traces.trace import Format, Trace
@@ -24,6 +25,7 @@ _HOMES = {
     "Batch": "study",
     "Cell": "study",
     "Context": "models.context",
+    "ContextSpec": "models.context",
     "Format": "traces.trace",
     "Item": "models.context",
     "Run": "runs",
@@ -31,12 +33,14 @@ _HOMES = {
     "Trace": "traces.trace",
     "UserError": "errors",
     "estimate": "stats",
+    "locate": "severance.location.locate",
     "run_study": "running",
 }
 __all__ = [
     "Batch",
     "Cell",
     "Context",
+    "ContextSpec",
     "Format",
     "Item",
     "Run",
@@ -44,6 +48,7 @@ __all__ = [
     "Trace",
     "UserError",
     "estimate",
+    "locate",
     "run_study",
 ]
 

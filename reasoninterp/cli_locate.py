@@ -69,13 +69,14 @@ def run_locate(spec: Any, out: str | None, without_rival: str | None, given: dic
     context = spec.load(progress=not given["quiet"])
     run = None
     if out is not None:  # before anything is measured: a directory that cannot be had is told at once
-        named = {"level": given["level"], "threshold": given["threshold"], "without_rival": without_rival}
+        named = {k: given[k] for k in ("level", "threshold", "most_contrasts", "no_align", "everything")}
+        named["without_rival"] = without_rival
         digest = {"without rival": file_digest(without_rival)} if without_rival else {}
         run = open_run(context, spec, out, {"locate": {**named, **digest}})
     with contextlib.closing(run) if run is not None else contextlib.nullcontext():
         free = None
         if without_rival is not None:
-            free = replace(spec, traces=without_rival, format=spec.format).load(minds=context.minds).items
+            free = replace(spec, traces=without_rival).load(minds=context.minds).items
         found = locate(
             context,
             rival_free=free,
@@ -91,14 +92,22 @@ def run_locate(spec: Any, out: str | None, without_rival: str | None, given: dic
 
 
 def save(run: Any, found: Any) -> None:
-    """Write a location into a run's directory: tables, figure and `location.json`."""
+    """Write a location into a run's directory: tables, figure and `location.json`; of an earlier one nothing is left."""
     from reasoninterp.severance.location.figure import draw
+    from reasoninterp.severance.location.location import TABLES
 
+    (run.path / "location.json").unlink(missing_ok=True)
+    for name in TABLES:
+        run.drop_table(name)
+    for figure in (run.path / "figures").glob("location.*"):
+        figure.unlink()
     for name, table in found.tables().items():
         run.save_table(name, table)
-    run.save_text("location.json", json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
     if len(found.ranking):
-        run.save_figure("location", draw(found.ranking, verdict=found.verdict))
+        run.save_figure(
+            "location", draw(found.ranking, verdict=found.verdict, seed=run.manifest["identity"].get("seed"))
+        )
+    run.save_text("location.json", json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
     run.record(location={"verdict": found.verdict, "sentences": list(found.sentences), "located": list(found.located)})
 
 
@@ -110,7 +119,8 @@ def lines_of(found: Any, out: str | None = None) -> list[str]:
         if confidence.value == confidence.value
         else confidence.basis
     )
-    lines = [f"{found.verdict.upper():<14} severance score {found.severance_score:.2f}   {sure}"]
+    score = f"{found.severance_score:.2f}" if found.severance_score == found.severance_score else "not known"
+    lines = [f"{found.verdict.upper():<14} severance score {score}   {sure}"]
     lines += [f"  {sentence}" for sentence in found.sentences]
     if len(found.ranking):
         lines.append(f"  {'Unit':<12}{'ledger (nats)':>14}{'restore':>9}{'cut':>7}")
@@ -118,7 +128,7 @@ def lines_of(found: Any, out: str | None = None) -> list[str]:
             mark = "  located" if row["in_restoring"] or row["in_cutting"] else ""
             lines.append(f"  {row['unit']:<12}{row['ledger']:>+14.2f}{row['restore']:>9.2f}{row['cut']:>7.2f}{mark}")
     cost = found.costs
-    if found.notes and found.verdict != "not interpretable":
+    if found.notes:
         lines.append(textwrap.shorten(f"  note: {'; '.join(found.notes)}", 400, placeholder=" …"))
     lines.append(
         f"  {cost.forward_passes} forward, {cost.backward_passes} forward and backward passes, {cost.seconds:.1f} s"

@@ -28,7 +28,7 @@ from reasoninterp.severance.grafts.controls import (
     share_over_draws,
 )
 from reasoninterp.severance.grafts.interactions import interactions, word_of
-from reasoninterp.severance.grafts.moves import WAYS, Moves, Reader
+from reasoninterp.severance.grafts.moves import WAYS, Moves, Read, Reader
 from reasoninterp.severance.grafts.smallest import families, smallest_set
 from reasoninterp.severance.grafts.smallest_study import NO_LOSS, SmallestSets
 from reasoninterp.severance.grafts.study import GraftSets, unit_entries
@@ -362,4 +362,26 @@ def test_norms_are_those_of_the_difference(drifted: Callable[[str], Minds]) -> N
     assert moves.norm(moves.names) == pytest.approx(whole, rel=1e-6)
     assert moves.norm(["embed"]) == pytest.approx(
         float(dict(minds.delta("base", "tuned"))["transformer.wte.weight"].norm())
+    )
+
+
+def test_a_follow_rate_of_one_has_an_interval_with_a_width(drifted: Callable[[str], Minds]) -> None:
+    minds = drifted("llama-gqa")
+    n = 40
+    context = Context(minds, items(3))
+    levels = {"base": 1.0, "tuned": 0.0}
+
+    def read(handle: Any) -> Read:
+        rate = levels.get(handle.name if handle.kind == "mind" else "", 1.0)
+        return Read(10 * rate + np.linspace(0, 1, n), np.full(n, rate))
+
+    moves = Moves(context, [], minds.units("block"), read=read)
+    part = moves.interval("restore", ["L0.attn"], of="follow")
+    assert part.value == 1.0 and part.n == n and part.method == "jeffreys"
+    assert 0.85 < part.ci_low < 0.99 and part.ci_low < 1.0 < part.ci_high
+    whole, nothing = moves.estimates("restore", [moves.names, []], of="follow")
+    assert whole[:3] == (1.0, 1.0, 1.0) and nothing[:3] == (0.0, 0.0, 0.0)  # the ends themselves, not other draws
+    drawn = moves.draws("cut", [["L0.attn"], ["L1.mlp"]])
+    assert drawn.shape[1] == 2 and moves.interval("cut", ["L0.attn"]).ci_low == pytest.approx(
+        min(np.quantile(drawn[:, 0], 0.025), moves.share("cut", ["L0.attn"]))
     )

@@ -9,6 +9,7 @@ import pytest
 
 from reasoninterp.models.context import Context
 from reasoninterp.severance.location.direct_logits import (
+    Direct,
     corrupt_margin,
     direct_contributions,
     direct_table,
@@ -68,6 +69,21 @@ def test_what_is_kept_and_what_returned_by_hand() -> None:
     assert none["value"] == 0 < none["ci_high"] < 0.1
 
 
+def test_traces_without_the_rival_that_lack_a_measure_take_away_only_what_they_cannot_tell() -> None:
+    no_contrasts = [a._replace(effect=a.effect[:0], follow_two=a.follow_two[:0]) for a in (BASE, answers(0.5, 0.05))]
+    table = rival_table(BASE, answers(0.5, 0.0), *no_contrasts)
+    assert set(zip(table["measure"], table["quantity"], strict=True)) >= {("E", KEPT_WITH), ("follow", RETURNED)}
+    assert ("E", RETURNED) not in set(zip(table["measure"], table["quantity"], strict=True))
+    told = tell_apart("severed", table)
+    assert told.word == "severed" and "not read" not in told.reason
+
+
+def test_what_survives_and_returns_is_reversed_only_by_both_going() -> None:
+    told = tell_apart("severed", rival_table(BASE, answers(14, 0.0), BASE, answers(15, 0.95)))
+    assert told.word == "overridden"
+    assert "less than 50 % of E underneath and less than 50 % of the lost" in told.would_reverse
+
+
 def test_nothing_lost_is_no_denominator() -> None:
     table = rival_table(BASE, answers(16, 1.0), BASE, answers(15, 1.0)).set_index(["measure", "quantity"])
     assert np.isnan(table.loc[("E", RETURNED), "value"])
@@ -97,3 +113,36 @@ def test_a_planted_rival_is_what_argues_against_the_chain(tmp_path: Path) -> Non
     with context.open("base") as body:  # answers of one token: the readout is the very margin
         margins = corrupt_margin(context, contrasts).values(body)
     np.testing.assert_allclose(margins.numpy(), base.margin, rtol=1e-5)
+
+
+def contributions(values: dict[str, float], n: int = 24, noise: float = 0.1) -> Direct:
+    """Contributions around these means."""
+    rng = np.random.default_rng(0)
+    found = np.array(list(values.values())) + noise * rng.normal(size=(n, len(values)))
+    return Direct(tuple(values), found, found.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("tuned", "leads"),
+    [
+        ({"path": 5.0, "rival": -9.0, "other": 0.0}, True),
+        ({"path": 5.0, "rival": 1.0, "other": 0.0}, False),  # argues less for the chain, and not for the rival
+        ({"path": -6.0, "rival": -1.5, "other": 0.0}, False),  # moved, by an eighth of what was lost
+        ({"path": 9.0, "rival": -2.0, "other": 0.0}, False),  # no margin was lost at all
+    ],
+)
+def test_a_shortcut_wins_only_if_it_argues_for_the_rival_and_moved_enough(tuned: dict[str, float], leads: bool) -> None:
+    base = {"path": 5.0, "rival": 2.0 if tuned["rival"] == 1.0 else 0.0, "other": 0.0}
+    found = leading_rival(direct_table(contributions(base), contributions(tuned)))
+    named = found[0] if found is not None else None
+    assert named == ("rival" if leads else "path" if tuned["path"] < 0 else None)
+    assert (found is not None) == (leads or tuned["path"] < 0)
+
+
+def test_chance_among_many_components_names_none() -> None:
+    rng = np.random.default_rng(1)
+    names = tuple(f"c{k}" for k in range(200))
+    base, tuned = (Direct(names, rng.normal(-1.0, 1.0, size=(30, 200)), np.zeros(30)) for _ in range(2))
+    table = direct_table(base, tuned)
+    assert (table["change_ci_high"] < 0).any()  # by its own interval, some component always moved
+    assert (table["p"] > 0.05).all() and leading_rival(table) is None

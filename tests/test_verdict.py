@@ -8,7 +8,7 @@ import pytest
 
 from reasoninterp.severance.effects import is_safe
 from reasoninterp.severance.location.rival import KEPT_WITH, RETURNED
-from reasoninterp.severance.verdict import decide
+from reasoninterp.severance.verdict import decide, traces_for_intact
 from reasoninterp.stats import proportion
 
 
@@ -75,7 +75,7 @@ def test_a_mind_that_lost_its_answers_is_not_called_severed() -> None:
     found["behaviour"] = pd.concat([found["behaviour"], pd.DataFrame(more)], ignore_index=True)
     verdict = decide(found)
     assert verdict.word == "undecided"
-    assert "neither answer in 85%" in verdict.sentences[0]
+    assert "neither answer in 85 %" in verdict.sentences[0]
     turned = decide(tables(0.99, 0.02, e=(15.0, -15.0)))
     assert any("changed its sign" in c for c in turned.caveats)
 
@@ -126,6 +126,14 @@ def test_a_base_that_is_not_shown_to_follow_is_told_apart_from_one_that_does_not
     assert "do not drive its answer" in decide(tables(0.20, 0.1, n=200)).sentences[0]
 
 
+def test_too_few_traces_for_an_equivalence_claim_are_told_with_how_many_it_takes() -> None:
+    n = traces_for_intact()
+    assert decide(tables(1.0, 1.0, n=n)).word == "no damage found"
+    few = decide(tables(1.0, 1.0, n=n - 1))
+    assert few.word == "undecided" and f"at least {n} can" in few.sentences[0]
+    assert "only 1 whole-chain swap could be made" in decide(tables(1.0, 1.0, n=1)).sentences[0]
+
+
 def test_a_base_at_floor_is_not_interpretable_whatever_the_follow_rates() -> None:
     verdict = decide(tables(0.99, 0.02, label="at floor"))
     assert verdict.word == "not interpretable here"
@@ -143,7 +151,7 @@ def test_every_claim_says_what_would_reverse_it_and_that_intervals_cover_traces(
 def test_a_shrunken_margin_is_told_though_the_answer_still_follows() -> None:
     verdict = decide(tables(0.99, 0.99, e=(15.0, 3.0)))
     assert verdict.word == "no damage found"
-    assert any("margin E fell to 20%" in c for c in verdict.caveats)
+    assert any("margin E fell to 20 %" in c for c in verdict.caveats)
 
 
 def test_a_loss_may_stand_in_a_denominator_only_where_it_is_away_from_zero() -> None:

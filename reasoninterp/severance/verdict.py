@@ -11,7 +11,8 @@ not enter), for the tuned mind against the base, paired over traces:
    and whether its steps still drive them cannot be told from this.
 4. *severed*: it keeps less than `SEVERED_KEEPS` of the base's follow rate (upper end over lower end).
 5. *weakened*: it lost more than 0, but keeps more than that.
-6. *undecided*: anything else; more traces would tell.
+6. *undecided*: anything else; more traces would tell.  With fewer than `traces_for_intact()` swaps, 2. cannot be said
+   even of two minds that answer alike.
 
 E is reported beside it: a margin can shrink while the answer still follows.  Where both minds were read with the rival
 removed too (a table `rival`, see `severance.location.rival`), *severed* and *weakened* are told apart from *overridden*: the path
@@ -21,7 +22,8 @@ survives underneath.  Without that table the word is that of the follow rate, an
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from functools import cache
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -127,22 +129,73 @@ def word_of(base: ArrayLike, tuned: ArrayLike, neither: float) -> tuple[str, Est
     return ("weakened" if loss.ci_low > 0 else "undecided"), loss
 
 
+@cache
+def traces_for_intact() -> int:
+    """Fewest swaps from which *no damage found* can be said, of two minds that both follow in all of them."""
+    n = MIN_TRACES
+    while word_of(np.ones(n), np.ones(n), 0.0)[0] != NO_DAMAGE:
+        n += 1
+    return n
+
+
+class Problem(NamedTuple):
+    """Why nothing can be told of a base's path, what to do about it, and what would reverse this; no full stops."""
+
+    said: str
+    mend: str
+    would_reverse: str
+
+
+def not_interpretable(base: str, follow: Estimate, floor: str | None) -> Problem | None:
+    """Whether a base has no path that could be cut, or is not shown to have one.
+
+    Args:
+        base: its name.
+        follow: its follow rate of the swap.
+        floor: why it counts as being at floor; None where it does not.
+    """
+    if floor is not None:
+        return Problem(
+            f"{base} is at floor on these traces ({floor})",
+            "a path from steps to answer that the base does not have cannot be cut; choose traces that the base solves",
+            f"traces that {base} solves above chance",
+        )
+    if follow.n < MIN_TRACES:
+        return Problem(
+            f"only {counted(follow.n, 'whole-chain swap')} could be made, fewer than {MIN_TRACES}",
+            "give more traces, or traces whose chains can be swapped or corrupted (see the refusals by reason)",
+            f"at least {MIN_TRACES} swaps",
+        )
+    if not follow.ci_low >= MIN_BASE_FOLLOW:
+        below = follow.ci_high < MIN_BASE_FOLLOW
+        why = f"{'so its steps do not' if below else 'too few to say that its steps'} drive its answer"
+        return Problem(
+            f"{base} follows another chain in {share(follow)} of {counted(follow.n, 'trace')}, {why}",
+            "a path from steps to answer that the base is not shown to have cannot be shown to be cut",
+            f"{base} shown to follow other chains in at least {percent(MIN_BASE_FOLLOW)} of the traces",
+        )
+    return None
+
+
 def decide(tables: dict[str, pd.DataFrame], *, base: str = "base", tuned: str = "tuned") -> Verdict:
     """The verdict from the tables `behaviour`, `gate`, `readings`, `effect` and, if there, `ledger*`, `grafts`, `rival`."""
     t = Tables(tables, base, tuned)
     gate = {row["mind"]: row for row in tables["gate"].to_dict("records")}
     follow_base, follow_tuned = t.behaviour(base, "swap_follow"), t.behaviour(tuned, "swap_follow")
-    problem = _not_interpretable(t, gate[base], follow_base)
-    if problem:
-        return Verdict(NOT_INTERPRETABLE, problem, _caveats(t, gate), _evidence(t, None))
+    floor = f"{gate[base]['reason']}; n = {gate[base]['n']}" if gate[base]["label"] == "at floor" else None
+    if problem := not_interpretable(base, follow_base, floor):
+        said = f"Not interpretable here: {problem.said}.", f"{problem.mend[:1].upper()}{problem.mend[1:]}."
+        return Verdict(NOT_INTERPRETABLE, said, _caveats(t, gate), _evidence(t, None))
     a, b = t.follows()
     neither = t.behaviour(tuned, "swap_other").value + t.behaviour(tuned, "swap_unreadable").value
     word, loss = word_of(a, b, neither)
     opening = None
     if word == "undecided" and neither > 0.5:
-        opening = f"Undecided: {tuned} gives neither answer in {neither:.0%} of the swaps"
+        opening = f"Undecided: {tuned} gives neither answer in {percent(neither)} of the swaps"
     if word in ("severed", "weakened") and t.told is not None:
         word, opening = _apart(t, word)
+    elif word == "undecided" and loss.n < traces_for_intact():
+        opening = f"Undecided: {few_for_intact(loss.n)}"
     sentences = (_first_sentence(t, word, follow_base, follow_tuned, opening), _second_sentence(t, word, loss))
     return Verdict(word, sentences, _caveats(t, gate), _evidence(t, loss))
 
@@ -160,27 +213,6 @@ def _apart(t: Tables, word: str) -> tuple[str, str | None]:
     return told.word, opening
 
 
-def _not_interpretable(t: Tables, gate: dict[str, Any], follow: Estimate) -> tuple[str, str] | None:
-    if gate["label"] == "at floor":
-        return (
-            f"Not interpretable here: {t.base} is at floor on these traces ({gate['reason']}; n = {gate['n']}).",
-            "A path from steps to answer that the base does not have cannot be cut; choose traces that the base solves.",
-        )
-    if follow.n < MIN_TRACES:
-        return (
-            f"Not interpretable here: only {follow.n} whole-chain swaps could be made, fewer than {MIN_TRACES}.",
-            "Give more traces, or traces whose chains can be swapped or corrupted (see the refusals by reason).",
-        )
-    if not follow.ci_low >= MIN_BASE_FOLLOW:
-        below = follow.ci_high < MIN_BASE_FOLLOW
-        why = "so its steps do not drive its answer" if below else "too few to say that its steps drive its answer"
-        return (
-            f"Not interpretable here: {t.base} follows another chain in {share(follow)} of {follow.n} traces, {why}.",
-            "A path from steps to answer that the base is not shown to have cannot be shown to be cut.",
-        )
-    return None
-
-
 def _first_sentence(t: Tables, word: str, base: Estimate, tuned: Estimate, said: str | None) -> str:
     accuracy = t.behaviour(t.base, "accuracy_own_chain"), t.behaviour(t.tuned, "accuracy_own_chain")
     opening = (
@@ -194,7 +226,7 @@ def _first_sentence(t: Tables, word: str, base: Estimate, tuned: Estimate, said:
     )
     return (
         f"{opening}: with another chain under the question, {t.base} follows that chain in {share(base)} of "
-        f"{base.n} traces and {t.tuned} in {share(tuned)}, while accuracy with their own chains went from "
+        f"{counted(base.n, 'trace')} and {t.tuned} in {share(tuned)}, while accuracy with their own chains went from "
         f"{share(accuracy[0])} to {share(accuracy[1])}."
     )
 
@@ -258,7 +290,7 @@ def _caveats(t: Tables, gate: dict[str, dict[str, Any]]) -> tuple[str, ...]:
         out.append(f"E changed its sign: after the changed chain {t.tuned} prefers the unchanged answer all the more.")
     elif e[0].n and e[0].value > 0 and e[1].ci_high < 0.5 * e[0].value:
         out.append(
-            f"The margin E fell to {e[1].value / e[0].value:.0%} of the base's, whatever the answer still follows."
+            f"The margin E fell to {percent(e[1].value / e[0].value)} of the base's, whatever the answer still follows."
         )
     return tuple(out)
 
@@ -268,7 +300,7 @@ def _evidence(t: Tables, loss: Estimate | None) -> tuple[Evidence, ...]:
         (
             "follow rate of the swap, base",
             t.behaviour(t.base, "swap_follow"),
-            f"a lower end under {MIN_BASE_FOLLOW:.0%}",
+            f"a lower end under {percent(MIN_BASE_FOLLOW)}",
         ),
         ("follow rate of the swap, tuned", t.behaviour(t.tuned, "swap_follow"), "a rate like the base's"),
         ("accuracy with its own chain, base", t.behaviour(t.base, "accuracy_own_chain"), "a lower end at chance"),
@@ -281,9 +313,30 @@ def _evidence(t: Tables, loss: Estimate | None) -> tuple[Evidence, ...]:
     return tuple(Evidence(c, e.value, e.ci_low, e.ci_high, e.n, w) for c, e, w in rows if e.n)
 
 
+def few_for_intact(n: int) -> str:
+    """That so few swaps cannot show a path to be intact."""
+    return (
+        f"{counted(n, 'swap')} cannot exclude a loss of {100 * MARGIN:.0f} points; at least {traces_for_intact()} can"
+    )
+
+
+def counted(n: int, what: str) -> str:
+    """`1 swap`, `2 swaps`."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def percent(value: float) -> str:
+    """`25 %`."""
+    return f"{_hundredths(value)} %"
+
+
 def share(e: Estimate) -> str:
     """`98 % [95, 99]`."""
-    return f"{100 * e.value:.0f} % [{100 * e.ci_low:.0f}, {100 * e.ci_high:.0f}]"
+    return f"{percent(e.value)} [{_hundredths(e.ci_low)}, {_hundredths(e.ci_high)}]"
+
+
+def _hundredths(value: float) -> str:
+    return f"{100 * value:z.0f}".replace("-", "−")  # z: no minus before a zero
 
 
 def points(e: Estimate) -> str:

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from reasoninterp.errors import UserError
@@ -34,7 +35,7 @@ from reasoninterp.models.read import margins_from_logits
 from reasoninterp.models.units import Slice, Unit
 from reasoninterp.patching.metric import ContrastPlan, contrast_plan
 from reasoninterp.severance.effects import is_safe
-from reasoninterp.stats import Estimate, ratio
+from reasoninterp.stats import CONFIDENCE, N_RESAMPLES, Estimate, derive_seed
 from reasoninterp.traces.contrast import Contrast
 
 Way = Literal["restore", "cut"]
@@ -188,9 +189,56 @@ class Moves:
         return min(shares)
 
     def interval(self, way: Way, names: Iterable[str], *, of: Of = "effect") -> Estimate:
-        """`share` (or `share_follow`) with its bootstrap interval over traces; NaN where the loss is not safe."""
-        gained, lost = self.gained(way, names, of=of)
-        return ratio(gained, lost, seed=self.seed) if self.safe(of) else NOT_SAFE
+        """`share` (or `share_follow`) with its interval over traces (see `draws`); NaN where the loss is not safe."""
+        names = tuple(names)
+        return self.estimates(way, [names], of=of)[0]
+
+    def estimates(self, way: Way, sets: Sequence[Iterable[str]], *, of: Of = "effect") -> list[Estimate]:
+        """`interval` of several sets."""
+        if not self.safe(of):
+            return [NOT_SAFE] * len(sets)
+        kept = [tuple(names) for names in sets]
+        n, method = len(self.base.effect), "bootstrap" if of == "effect" else "jeffreys"
+        low, high = np.quantile(self.draws(way, kept, of=of), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+        out = []
+        for names, a, b in zip(kept, low, high, strict=True):
+            value = self._share(of, way, names)
+            # Where every trace gives one value, its share lies outside the quantiles of the posterior.
+            out.append(Estimate(value, float(np.minimum(a, value)), float(np.maximum(b, value)), n, method))
+        return out
+
+    def draws(self, way: Way, sets: Sequence[Iterable[str]], *, of: Of = "effect") -> Float[np.ndarray, "draw set"]:
+        """Shares of several sets, drawn `N_RESAMPLES` times; NaN where there is a single trace.
+
+        Of E, by bootstrap: the same resampled traces serve all sets and both ways.  Of the follow rate, with each
+        mind's rate from Jeffreys' posterior: the bootstrap of a rate at 0 or 1 is a point.  The minds' rates are drawn
+        independently of each other, which makes these intervals wider than pairs would.
+        """
+        kept = [tuple(names) for names in sets]
+        n = len(self.base.effect)
+        if n < 2 or not kept:
+            return np.full((N_RESAMPLES, len(kept)), np.nan)
+        if of == "follow":
+            ends = self._rates(self.base, "base"), self._rates(self.tuned, "tuned")
+            moved = [self._rates(self.read(way, names), f"{way} {sorted(names)}") for names in kept]
+            start, sign = (ends[1], 1) if way == "restore" else (ends[0], -1)
+            with np.errstate(all="ignore"):
+                return np.stack([sign * (now - start) / (ends[0] - ends[1]) for now in moved], axis=1)
+        rng = np.random.default_rng(derive_seed(self.seed, "bootstrap"))
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
+        pairs = [self.gained(way, names) for names in kept]
+        with np.errstate(all="ignore"):
+            drawn: NDArray[np.float64] = (
+                counts @ np.stack([g for g, _ in pairs], axis=1) / (counts @ pairs[0][1])[:, None]
+            )
+        return drawn
+
+    def _rates(self, read: Read, name: str) -> NDArray[np.float64]:
+        """Draws of a mind's follow rate; those of an end are the same wherever it stands."""
+        name = "base" if read is self.base else "tuned" if read is self.tuned else name
+        hits, n = float(read.follow.sum()), len(read.follow)
+        rng = np.random.default_rng(derive_seed(self.seed, "follow", name))
+        return rng.beta(hits + 0.5, n - hits + 0.5, size=N_RESAMPLES)
 
     def gained(
         self, way: Way, names: Iterable[str], *, of: Of = "effect"

@@ -12,7 +12,11 @@ where the direction is the difference of the two answers' rows of the unembeddin
 2. A component is shown for the base, for the tuned mind and as the difference; means over contrasts with bootstrap
    intervals.
 
-This illustrates and decides nothing: a component can carry the path without writing to the answer itself.
+3. *Who argues for the rival* (`leading_rival`): a component whose contribution in the tuned mind lies below 0, whose
+   change does so beyond chance (one-sided t-test over contrasts, Holm's correction over components), and whose change
+   is at least `LEAST_SHARE` of the margin that was lost.
+
+It names a component and no more: one can carry the path, or hide it, without writing to the answer itself.
 Elhage et al. (2021), A Mathematical Framework for Transformer Circuits.
 """
 
@@ -36,9 +40,11 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.leaves import Leaf
 from reasoninterp.models.read import MarginPlan
 from reasoninterp.patching.metric import CORRUPT, ContrastPlan, contrast_plan
-from reasoninterp.stats import Estimate, matrix_intervals
+from reasoninterp.stats import CONFIDENCE, Estimate, corrected, matrix_intervals
 from reasoninterp.traces.contrast import Contrast
 
+LEAST_SHARE = 0.25  # of the lost margin: a component that moved less did not take the answer away
+ALPHA = 1 - CONFIDENCE
 ENDS = [f"{mind}{end}" for mind in ("base", "tuned", "change") for end in ("", "_ci_low", "_ci_high")]
 
 
@@ -101,17 +107,39 @@ def corrupt_margin(context: Context, contrasts: Sequence[Contrast]) -> CorruptPl
 
 
 def direct_table(base: Direct, tuned: Direct, *, seed: int = 0) -> pd.DataFrame:
-    """`component`, then `base`, `tuned` and `change` (tuned − base), each with its interval, and `n`."""
+    """`component`, then `base`, `tuned` and `change` (tuned − base), each with its interval, `share`, `p` and `n`.
+
+    `share` is the component's part of the margin that was lost (NaN where none was), `p` that of a change below 0,
+    corrected over components.
+    """
     table = pd.DataFrame({"component": base.components})
     for name, values in (("base", base.values), ("tuned", tuned.values), ("change", tuned.values - base.values)):
         low, high = matrix_intervals(values, seed=seed)
         table[name], table[f"{name}_ci_low"], table[f"{name}_ci_high"] = values.mean(0), low, high
-    return table.assign(n=len(base.values))[["component", *ENDS, "n"]]
+    change = tuned.values - base.values
+    lost = float(change.sum(1).mean())
+    table["share"] = change.mean(0) / lost if lost < 0 else np.nan
+    table["p"] = corrected(_below_zero(change), "holm")
+    return table.assign(n=len(base.values))[["component", *ENDS, "share", "p", "n"]]
+
+
+def _below_zero(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """p of a mean below 0, by column; a column without spread is below 0 or is not."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return np.ones(values.shape[1])
+    middle, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
+    p = np.where(middle < 0, 0.0, 1.0)
+    moves = error > 0
+    p[moves] = t.cdf(middle[moves] / error[moves], len(values) - 1)
+    return p
 
 
 def leading_rival(table: pd.DataFrame) -> tuple[str, Estimate] | None:
-    """The component whose contribution moved most towards the rival's answer; None where none did for certain."""
-    down = table[table["change_ci_high"] < 0]
+    """The component whose contribution moved most towards the rival's answer; None where none did (step 3)."""
+    argues = (table["tuned_ci_high"] < 0) & (table["p"] < ALPHA) & (table["share"] >= LEAST_SHARE)
+    down = table[argues & (table["component"] != "bias")]
     if not len(down):
         return None
     row = down.loc[down["change"].idxmin()]

@@ -16,9 +16,13 @@ from reasoninterp.severance.location.mechanism import Mechanism
 from reasoninterp.severance.verdict import Evidence
 from reasoninterp.stats import Estimate
 
+TABLES = (
+    "location", "ranking", "evidence", "sets", "answers", "rival", "direct", "controls", "mechanism",
+)  # fmt: skip
 RANKING = [
-    "unit", "layer", "kind", "ledger", "ledger_ci_low", "ledger_ci_high", "restore", "cut", "in_restoring", "in_cutting",
-    "marginal", "rank_ledger", "rank_grafts", "rank_both", "weight_change", "n",
+    "unit", "layer", "kind", "ledger", "ledger_ci_low", "ledger_ci_high", "restore", "restore_ci_low", "restore_ci_high",
+    "cut", "cut_ci_low", "cut_ci_high", "in_restoring", "in_cutting", "marginal", "marginal_ci_low", "marginal_ci_high",
+    "rank_ledger", "rank_grafts", "rank_both", "weight_change", "n",
 ]  # fmt: skip
 
 
@@ -27,8 +31,9 @@ class LocatedSet:
     """A 1-minimal set of Units in one direction (`restore` or `cut`).
 
     `share` is of the lost E and `share_follow` of the lost follow rate (NaN where that loss is not safe).  Where nothing
-    `reached` the threshold, `units` is empty.  `alternatives` are other such sets; `complete` says that the search for
-    them was not broken off.
+    `reached` the threshold, `units` is empty.  `alternatives` are other such sets, and `alternative_shares` theirs, of E
+    and of the follow rate; `complete` says that the search for them was not broken off.  A set was searched on the very
+    traces that its shares are read on: the intervals cover the traces, not the search.
     """
 
     direction: str
@@ -38,11 +43,17 @@ class LocatedSet:
     reached: bool
     alternatives: tuple[tuple[str, ...], ...]
     complete: bool
+    threshold: float = 0.9
+    alternative_shares: tuple[tuple[Estimate, Estimate], ...] = ()
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Passes over both chains of all contrasts in one mind, evaluations of sets of Units, and seconds."""
+    """Passes over both chains of all contrasts in one mind, evaluations of sets of Units, and seconds.
+
+    Every backward pass is counted as a forward pass too.  The passes are those that the numbers rest on, whether read now
+    or remembered from an earlier call with this context; the seconds are those of this call.
+    """
 
     forward_passes: int
     backward_passes: int
@@ -67,6 +78,7 @@ class Location:
         confidence: that the located set is right.
         answers, rival, direct: tables of `severance.location.answers`, `severance.location.rival`, `severance.location.direct_logits`.
         integral: the ledger, and `ledger_of` what is split; None where the location ended before it.
+        controls: random sets beside the located one, moved the same way, one row a kind (`match`, shares, `norm_ratio`).
         aligned: the mind whose Units were grafted and charged: the tuned mind in the base's gauge, or itself.
         costs, notes, minds: what it took, what is to be known, and the names of the two minds.
     """
@@ -91,6 +103,7 @@ class Location:
     integral: Integral | None = None
     ledger_of: str = "E"
     aligned: str = ""
+    controls: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def located(self) -> tuple[str, ...]:
@@ -104,7 +117,7 @@ class Location:
 
     @property
     def rank_ledger(self) -> NDArray[np.float64]:
-        """Score of each Unit by the ledger alone: the effect it lost, in nats."""
+        """Score of each Unit by the ledger alone: the effect it lost, in nats; the lowest where it does not differ."""
         return self.ranking["rank_ledger"].to_numpy(np.float64)
 
     @property
@@ -118,7 +131,7 @@ class Location:
         return self.ranking["rank_both"].to_numpy(np.float64)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Everything as tidy tables: `location` (one row), `ranking`, `sets`, `evidence` and those read on the way."""
+        """Everything as tidy tables (those of `TABLES` that have rows); `location` has one row."""
         sets = [s for s in (self.restoring, self.cutting) if s is not None]
         out = {
             "location": pd.DataFrame([self._row()]),
@@ -128,6 +141,7 @@ class Location:
             "answers": self.answers,
             "rival": self.rival,
             "direct": self.direct,
+            "controls": self.controls,
         }
         if self.mechanism is not None:
             out["mechanism"] = self.mechanism.parts
@@ -183,15 +197,18 @@ class Location:
 
 def _rows(found: LocatedSet) -> list[dict[str, Any]]:
     """A set and its alternatives, one row each."""
-    first = {"direction": found.direction, "units": "+".join(found.units), "size": len(found.units), "chosen": True}
-    for name, e in (("share", found.share), ("share_follow", found.share_follow)):
-        first |= {name: e.value, f"{name}_ci_low": e.ci_low, f"{name}_ci_high": e.ci_high}
-    first |= {"n": found.share.n or found.share_follow.n, "reached": found.reached}
-    rest = [
-        {"direction": found.direction, "units": "+".join(u), "size": len(u), "chosen": False, "reached": True}
-        for u in found.alternatives
-    ]
-    return [first, *rest]
+    all_units = [found.units, *found.alternatives]
+    out = []
+    for k, (units, pair) in enumerate(
+        zip(all_units, [(found.share, found.share_follow), *found.alternative_shares], strict=True)
+    ):
+        row: dict[str, Any] = {"direction": found.direction, "units": "+".join(units), "size": len(units)}
+        row["chosen"] = k == 0
+        for name, e in zip(("share", "share_follow"), pair, strict=True):
+            row |= {name: e.value, f"{name}_ci_low": e.ci_low, f"{name}_ci_high": e.ci_high}
+        row |= {"n": max(e.n for e in pair), "reached": found.reached, "threshold": found.threshold}
+        out.append(row | {"complete": found.complete})
+    return out
 
 
 def _plain(value: Any) -> Any:

@@ -6,9 +6,11 @@
    it alone takes away; beside it stands the part's share of the set's entries in the ledger.
 3. A part's *weight* is the mean of its two shares, each held within 0 and 1.  The part that leads names the mechanism
    if its weight is at least `LEAD` and at least `FACTOR` times the next one's: *looks away* (QK), *carries nothing*
-   (OV), *mlp*, *norms*, *embedding*, *unembedding*.  Else *mixed*: several parts, or none without the others.
+   (OV), *mlp*, *norms*, *embedding*, *unembedding*.  Else *mixed*: several parts, or none without the others.  The
+   weights are drawn over traces with the shares (`Moves.draws`): where the rule holds in some of the draws and not in
+   the others, so that neither makes up `CONFIDENCE` and half of the rest, the word is *undecided (mixed)*.
 4. *Shortcut wins* is for an overridden path: it is there, and a component's direct contribution moved towards the rival's
-   answer (`severance.location.direct_logits`).
+   answer, by itself, beyond chance and by enough (`severance.location.direct_logits`).
 5. As evidence, the attention from the answer's position to the step that the base's head looks at most, in the located
    layers' head that looks at steps most, in both minds.  It decides nothing: attention may stay though nothing is
    carried, and go because nothing worth reading is left.
@@ -16,9 +18,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,9 +33,10 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.units import Unit, unit_named, units
 from reasoninterp.severance.grafts.moves import WAYS, Moves
 from reasoninterp.severance.ledger.integrate import Integral
-from reasoninterp.severance.ledger.products import LedgerUnit
-from reasoninterp.severance.location.direct_logits import leading_rival
-from reasoninterp.stats import Estimate, difference, mean
+from reasoninterp.severance.location.direct_logits import LEAST_SHARE, leading_rival
+from reasoninterp.severance.location.ledger_entries import as_moved
+from reasoninterp.severance.verdict import percent, share
+from reasoninterp.stats import CONFIDENCE, Estimate, difference, mean
 from reasoninterp.traces.contrast import Contrast
 
 LEAD = 0.5  # a part that moves less than half of the loss is not the mechanism by itself
@@ -46,7 +49,9 @@ WORDS = {
     "embedding": "embedding",
     "unembed": "unembedding",
 }
-PARTS = ["part", "units", "ledger", "ledger_share", "restore", "cut", "weight"]
+UNDECIDED = "undecided (mixed)"
+MEASURED = [f"{name}{end}" for name in ("restore", "cut", "weight") for end in ("", "_ci_low", "_ci_high")]
+PARTS = ["part", "units", "ledger", "ledger_share", *MEASURED, "leads", "n"]
 NOT_READ = Estimate(float("nan"), float("nan"), float("nan"), 0, "")
 
 
@@ -54,7 +59,7 @@ NOT_READ = Estimate(float("nan"), float("nan"), float("nan"), 0, "")
 class Mechanism:
     """The word, its sentence, what would have reversed it, and what it rests on.
 
-    `parts`: one row a part (`part, units, ledger, ledger_share, restore, cut, weight`).  `attention`: mass from the
+    `parts`: one row a part (`PARTS`; `leads` is the share of draws in which it names the mechanism).  `attention`: mass from the
     answer's position to the step in the base, in the tuned mind, and their difference, of `attention_head`.
     """
 
@@ -101,13 +106,13 @@ def mechanism(
         chosen = [unit_named(body, name) for name in located]
     moves = Moves(context, contrasts, finest, from_mind=from_mind, to_mind=to_mind)
     parts = _parts(finest, chosen, moves.moved)
-    table = _table(parts, moves, of, integral, {u.name for u in chosen})
+    table = _table(parts, moves, of, integral)
     head, attention = attention_to_steps(context, contrasts, chosen, from_mind=from_mind, to_mind=to_mind)
     word, sentence, reverse = words(table)
     if head:
         sentence += (
-            f"; attention of {head} from the answer to its step went from {attention[0].value:.2f} to "
-            f"{attention[1].value:.2f}"
+            f"; attention of {head} from the answer to its step went from {_between(attention[0])} to "
+            f"{_between(attention[1])}"
         )
     return Mechanism(word, sentence, reverse, table, head, attention, moves.evaluations)
 
@@ -118,20 +123,23 @@ def words(parts: pd.DataFrame) -> tuple[str, str, str]:
         return "not known", "nothing was located, so that no mechanism can be told", "a located set"
     order = parts.sort_values("weight", ascending=False, kind="stable")
     first = order.iloc[0]
-    second = float(order.iloc[1]["weight"]) if len(order) > 1 else 0.0
     numbers = "; ".join(
-        f"{p['part']} alone returns {_percent(p['restore'])} and takes away {_percent(p['cut'])} of the loss"
+        f"{p['part']} alone returns {_shown(p, 'restore')} and takes away {_shown(p, 'cut')} of the loss"
         + (f" (ledger {_percent(p['ledger_share'])})" if np.isfinite(p["ledger_share"]) else "")
         for p in order.to_dict("records")
     )
     if not np.isfinite(first["weight"]):
         return "not known", f"{numbers}: the loss is too small to take shares of", "a larger loss"
-    if first["weight"] >= LEAD and first["weight"] >= FACTOR * second:
-        reverse = (
-            f"another part that moves half of what {first['part']} moves, or {first['part']} moving under {LEAD:.0%}"
-        )
-        return WORDS[first["part"]], numbers, reverse
-    return "mixed", numbers, f"one part that moves {LEAD:.0%} by itself and {FACTOR:g} times what any other moves"
+    rule = f"one part that moves at least {percent(LEAD)} by itself and {FACTOR:g} times what any other moves"
+    weight = f"by the rule ({rule}), with a mean of both of {_shown(first, 'weight')}, {first['part']}"
+    tail = (1 - CONFIDENCE) / 2
+    if first["leads"] >= 1 - tail:
+        reverse = f"another part that moves half of what {first['part']} moves, or {first['part']} moving under {percent(LEAD)}"
+        return WORDS[first["part"]], f"{numbers}; {weight} leads", reverse
+    if first["leads"] <= tail:
+        return "mixed", f"{numbers}; {weight} does not lead alone", rule
+    said = f"{numbers}; {weight} leads in {percent(first['leads'])} of the draws over traces"
+    return UNDECIDED, said, f"more traces, on which {first['part']} leads or does not"
 
 
 def shortcut_wins(found: Mechanism | None, direct: pd.DataFrame) -> tuple[str, str, str]:
@@ -144,24 +152,28 @@ def shortcut_wins(found: Mechanism | None, direct: pd.DataFrame) -> tuple[str, s
     lead = leading_rival(direct)
     rest = f"; of the located Units, {found.sentence}" if found is not None else ""
     if lead is None:
-        said = f"the path is there, and no component's direct contribution moved towards the rival's answer{rest}"
-        return "not known", said, "a component that argues more for the rival's answer than in the base"
+        said = (
+            "the path is there, and no component is shown to argue for the rival's answer and to have moved by "
+            f"{percent(LEAST_SHARE)} of the lost margin{rest}"
+        )
+        return "not known", said, "such a component"
     name, change = lead
     said = (
         f"the path is there, and {name} argues {abs(change.value):.1f} nats [{abs(change.ci_high):.1f}, {abs(change.ci_low):.1f}] "
         f"more for the rival's answer than in the base{rest}"
     )
-    return "shortcut wins", said, "no component that argues more for the rival's answer than in the base"
+    reverse = f"a contribution that does not argue for the rival, or under {percent(LEAST_SHARE)} of the lost margin"
+    return "shortcut wins", said, reverse
 
 
-def part_of(unit: Unit | LedgerUnit) -> str:
+def part_of(unit: Unit) -> str:
     """The part that a finest Unit belongs to."""
     if unit.circuit is not None:
         return unit.circuit
     return "OV" if unit.kind == "attn" else unit.kind
 
 
-def within(unit: Unit | LedgerUnit, chosen: set[str]) -> bool:
+def within(unit: Unit, chosen: set[str]) -> bool:
     """Whether a finest Unit is one of the named Units, or a piece of one."""
     name = unit.name
     if name in chosen or (unit.layer is not None and f"L{unit.layer}" in chosen):
@@ -183,37 +195,39 @@ def _parts(finest: Sequence[Unit], chosen: Sequence[Unit], moved: Sequence[str])
 
 
 def _table(
-    parts: dict[str, list[str]],
-    moves: Moves,
-    of: Literal["effect", "follow"],
-    integral: Integral | None,
-    chosen: set[str],
+    parts: dict[str, list[str]], moves: Moves, of: Literal["effect", "follow"], integral: Integral | None
 ) -> pd.DataFrame:
-    """One row a part: its entry in the ledger, what it returns and takes away by itself, and its weight."""
-    share = moves.share if of == "effect" else moves.share_follow
-    entry: dict[str, float] = {}
-    if integral is not None:
-        for unit, value in zip(integral.units, integral.values.mean(0), strict=True):
-            if within(unit, chosen):
-                entry[part_of(unit)] = entry.get(part_of(unit), 0.0) + float(value)
+    """One row a part: its entry in the ledger, what it returns and takes away by itself, its weight, and if it leads."""
+    if not parts:
+        return pd.DataFrame(columns=PARTS)
+    fine = as_moved(integral.at("fine"), moves.names) if integral is not None else {}
+    entry = {p: float(sum(fine[n].mean() for n in names)) if fine else float("nan") for p, names in parts.items()}
     total = sum(entry.values())
-    rows = []
-    for part, names in parts.items():
-        restore, cut = (share(way, names) for way in WAYS)
-        ledger = entry.get(part, 0.0) if entry else float("nan")
-        rows.append(
-            {
-                "part": part,
-                "units": "+".join(names),
-                "ledger": ledger,
-                # Shares of a sum of losses; where the set's entries cancel, they are shares of nothing.
-                "ledger_share": ledger / total if total < 0 else float("nan"),
-                "restore": restore,
-                "cut": cut,
-                "weight": float(np.mean(np.clip([restore, cut], 0, 1))),
-            }
-        )
-    return pd.DataFrame(rows, columns=PARTS)
+    table = pd.DataFrame({"part": list(parts), "units": ["+".join(names) for names in parts.values()]})
+    table["ledger"] = list(entry.values())
+    # Shares of a sum of losses; where the set's entries cancel, they are shares of nothing.
+    table["ledger_share"] = table["ledger"] / total if total < 0 else float("nan")
+    sets = list(parts.values())
+    for way in WAYS:
+        found = pd.DataFrame(moves.estimates(way, sets, of=of))
+        for column, end in (("value", ""), ("ci_low", "_ci_low"), ("ci_high", "_ci_high")):
+            table[f"{way}{end}"] = found[column].to_numpy()
+    table["weight"] = table[list(WAYS)].clip(0, 1).mean(axis=1, skipna=False)
+    if not moves.safe(of):
+        return table.assign(weight_ci_low=np.nan, weight_ci_high=np.nan, leads=np.nan, n=0)[PARTS]
+    drawn = np.mean([np.clip(moves.draws(way, sets, of=of), 0, 1) for way in WAYS], axis=0)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    table["weight_ci_low"] = np.minimum(low, table["weight"])
+    table["weight_ci_high"] = np.maximum(high, table["weight"])
+    table["leads"] = [
+        _leads(drawn[:, k], np.delete(drawn, k, axis=1).max(axis=1, initial=0.0)) for k in range(len(sets))
+    ]
+    return table.assign(n=len(moves.base.effect))[PARTS]
+
+
+def _leads(weight: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Share of draws in which a part names the mechanism."""
+    return float(((weight >= LEAD) & (weight >= FACTOR * second)).mean())
 
 
 # ------------------------------------------------------------------------------------------------- attention to steps
@@ -282,4 +296,14 @@ def _masses(
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %".replace("-", "−") if np.isfinite(value) else "no readable share"
+    return percent(value) if np.isfinite(value) else "no readable share"
+
+
+def _shown(row: Mapping[str, Any] | pd.Series, name: str) -> str:
+    """A share with its interval."""
+    value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_ci_low", "_ci_high"))
+    return share(Estimate(value, low, high, 0, "")) if np.isfinite(value) else "no readable share"
+
+
+def _between(e: Estimate) -> str:
+    return f"{e.value:.2f} [{e.ci_low:.2f}, {e.ci_high:.2f}]"

@@ -3,85 +3,28 @@
 `rank_ledger`   minus the Unit's entry: the effect that it lost, in nats.
 `rank_grafts`   the larger of the two shares that it returns or takes away by itself; NaN where it was not grafted.
 `rank_both`     members of the smallest sets first, by their *marginal* share (what the set loses without them, the
-                larger of the two directions); then the other Units by the larger single share; then, among those that
-                were not grafted or move as much, by the ledger.  Its score is the number of Units that stand behind.
+                larger of the two directions); then the other Units by the larger single share, 0 for those that were
+                not grafted (they lost little in the ledger); then, among those that move as much, by the ledger.  Its
+                score is the number of Units that stand behind.
 
-A Unit that both minds have alike scores 0 everywhere and stands behind all others.
+A Unit that both minds have alike cannot have lost anything: by every score no Unit stands behind it (`rank_both` is 0,
+the others are the lowest score of all Units, and at most 0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from reasoninterp.models.units import Unit
-from reasoninterp.severance.grafts.moves import Moves, Way
-from reasoninterp.severance.grafts.smallest import families
+from reasoninterp.severance.grafts.moves import WAYS, Moves, Way
 from reasoninterp.severance.ledger.integrate import Integral
+from reasoninterp.severance.location.ledger_entries import loss_shares
 from reasoninterp.severance.location.location import RANKING, LocatedSet
-from reasoninterp.stats import Estimate, matrix_intervals
-
-MOST_SINGLES = 48  # Units grafted by themselves, those first that lead the ledger
-MOST_SETS = 3  # 1-minimal sets that are looked for in one direction
-MOST_TRIES = 60  # sets evaluated before the search for others ends
-Of = Literal["effect", "follow"]
-
-
-def ledger_of(integral: Integral, found: Sequence[Unit], level: str, *, seed: int = 0) -> pd.DataFrame:
-    """The ledger's entries of a level, in the Units' order: index `unit`; `value, ci_low, ci_high` in nats.
-
-    Both uses of a tied embedding are one Unit here, since a graft moves them together.
-    """
-    held = {name: np.asarray(values, dtype=float) for name, values in integral.at(level).items()}
-    names = [u.name for u in found]
-    if "unembed" in held and "unembed" not in names:
-        held["embed"] = held["embed"] + held.pop("unembed")
-    empty = np.zeros(len(integral.e_from))
-    values = np.stack([held.get(name, empty) for name in names], axis=1)
-    low, high = matrix_intervals(values, seed=seed)
-    return pd.DataFrame({"value": values.mean(0), "ci_low": low, "ci_high": high}, index=pd.Index(names, name="unit"))
-
-
-def loss_shares(ledger: pd.DataFrame) -> pd.Series:
-    """Each Unit's share of all losses in the ledger; 0 for a Unit that gained, and for all where nothing lost."""
-    losses = (-ledger["value"]).clip(lower=0)
-    return losses / losses.sum() if losses.sum() > 0 else losses
-
-
-def lost_in(moves: Moves, verdict: str) -> Of | None:
-    """What shares are of: the lost E, unless the path is there underneath or E is not safely lost; else follow; else nothing."""
-
-    def lost(of: Of) -> bool:
-        fallen = getattr(moves.base, of).mean() > getattr(moves.tuned, of).mean()
-        return bool(moves.safe(of) and fallen)
-
-    order: tuple[Of, ...] = ("follow", "effect") if verdict == "overridden" else ("effect", "follow")
-    return next((of for of in order if lost(of)), None)
-
-
-def single_shares(moves: Moves, ledger: pd.DataFrame, of: Of | None) -> dict[Way, pd.Series]:
-    """By direction, each Unit's share by itself; NaN for those that were not grafted."""
-    leading = ledger["value"].abs().sort_values(ascending=False, kind="stable").index
-    chosen = [name for name in leading if name in set(moves.moved)][:MOST_SINGLES]
-    out: dict[Way, pd.Series] = {}
-    for way in ("restore", "cut"):
-        shares = {n: _share(moves, of)(way, [n]) if of else float("nan") for n in chosen}
-        unmoved = {n: 0.0 for n in moves.names if n not in set(moves.moved)}
-        out[way] = pd.Series({**shares, **unmoved}, dtype=float).reindex(moves.names)
-    return out
-
-
-def _share(moves: Moves, of: Of | None) -> Callable[[Way, Iterable[str]], float]:
-    return moves.share_follow if of == "follow" else moves.share
-
-
-def search_order(ledger: pd.DataFrame, singles: pd.Series) -> list[str]:
-    """The order in which a search tries Units: half by their share of the ledger's losses, half by their single share."""
-    score = loss_shares(ledger) + singles.reindex(ledger.index).fillna(0.0).clip(0, 1)
-    return list(score.sort_values(ascending=False, kind="stable").index)
+from reasoninterp.severance.location.search import NOTHING_LESS, Of, marginals
 
 
 def rank(
@@ -106,29 +49,43 @@ def rank(
     table["kind"] = [u.kind for u in found]
     at = ledger.loc[table["unit"]]
     table["ledger"], table["ledger_ci_low"], table["ledger_ci_high"] = (at[c].to_numpy() for c in ledger.columns)
-    for way in ("restore", "cut"):
+    for way in WAYS:
         table[way] = singles[way].reindex(table["unit"]).to_numpy()
+        table[f"{way}_ci_low"], table[f"{way}_ci_high"] = _single_intervals(moves, way, table, of)
     inside = {way: set(s.units) for way, s in sets.items() if s.reached}
     table["in_restoring"] = [name in inside.get("restore", ()) for name in table["unit"]]
     table["in_cutting"] = [name in inside.get("cut", ()) for name in table["unit"]]
-    marginal = dict.fromkeys(table["unit"], 0.0)
-    if of is not None:
-        share = moves.share if of == "effect" else moves.share_follow
-        for way, names in inside.items():
-            for name in names:
-                marginal[name] = max(marginal[name], share(way, names) - share(way, names - {name}))
-    table["marginal"] = [marginal[name] for name in table["unit"]]
-    table["rank_ledger"] = -table["ledger"]
-    table["rank_grafts"] = table[["restore", "cut"]].max(axis=1)
+    marginal = marginals(moves, sets, of)
+    for column, end in (("value", ""), ("ci_low", "_ci_low"), ("ci_high", "_ci_high")):
+        table[f"marginal{end}"] = [getattr(marginal.get(name, NOTHING_LESS), column) for name in table["unit"]]
     table["weight_change"] = [moves.norms[name] for name in table["unit"]]
+    still = table["weight_change"] == 0
+    table["rank_ledger"] = _behind_all(-table["ledger"], still)
+    table["rank_grafts"] = _behind_all(table[["restore", "cut"]].max(axis=1), still)
     table["n"] = len(moves.base.effect) if of is not None else 0
     member = table["in_restoring"] | table["in_cutting"]
-    still = table["weight_change"] == 0
     keys = (table["rank_ledger"], table["rank_grafts"].fillna(0.0), table["marginal"], member, ~still)
     order = np.lexsort([k.to_numpy() for k in keys])
     table["rank_both"] = np.argsort(order, kind="stable").astype(float)
     table.loc[still, "rank_both"] = 0.0
     return table.iloc[order[::-1]].reset_index(drop=True)[RANKING]
+
+
+def _single_intervals(
+    moves: Moves, way: Way, table: pd.DataFrame, of: Of | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Interval ends of single shares, in the table's order; NaN where a Unit was not grafted."""
+    low, high = (np.full(len(table), np.nan) for _ in range(2))
+    at = np.flatnonzero(table[way].notna().to_numpy())
+    if of is not None and len(at):
+        found = moves.estimates(way, [[name] for name in table["unit"].iloc[at]], of=of)
+        low[at], high[at] = [e.ci_low for e in found], [e.ci_high for e in found]
+    return low, high
+
+
+def _behind_all(scores: pd.Series, still: pd.Series) -> pd.Series:
+    """Scores, with those of Units that do not differ at the lowest of all."""
+    return scores.mask(still, min(0.0, float(np.nan_to_num(scores[~still].min()))))
 
 
 def leading(ranking: pd.DataFrame, by: str) -> str:
@@ -173,25 +130,3 @@ def features_of(
         "lost_effect": lost[1],
         "residual": min(1.0, integral.residual),
     }
-
-
-def located_set(moves: Moves, way: Way, order: list[str], of: Of, threshold: float) -> LocatedSet:
-    """The smallest of the 1-minimal sets found in one direction, with the others beside it."""
-    share = _share(moves, of)
-    found = families(
-        lambda names: share(way, names),
-        order,
-        threshold=threshold,
-        max_sets=MOST_SETS,
-        max_evaluations=MOST_TRIES,
-    )
-    reached = [s for s in found.sets if s.reached]
-    if not reached:
-        nothing = Estimate(float("nan"), float("nan"), float("nan"), 0, "")
-        return LocatedSet(way, (), nothing, nothing, False, (), False)
-    place = {name: k for k, name in enumerate(moves.names)}  # forward order
-    best, *others = (
-        tuple(sorted(one.units, key=lambda n: place[n])) for one in sorted(reached, key=lambda s: len(s.units))
-    )
-    share_e, share_follow = moves.interval(way, best, of="effect"), moves.interval(way, best, of="follow")
-    return LocatedSet(way, best, share_e, share_follow, True, tuple(others), found.complete)

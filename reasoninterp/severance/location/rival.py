@@ -33,6 +33,7 @@ from reasoninterp.stats import CONFIDENCE, N_RESAMPLES, derive_seed
 
 HALF = 0.5
 WHOLE = 0.9
+_P50, _P90 = (f"{100 * x:.0f} %" for x in (HALF, WHOLE))
 LEAST_LOSS = 0.05  # of the base's: a smaller loss is no denominator for what returned of it
 COLUMNS = ["measure", "quantity", "value", "ci_low", "ci_high", "n", "decision"]
 KEPT_WITH, KEPT_WITHOUT, RETURNED = "kept with the rival", "kept without the rival", "returned without the rival"
@@ -71,6 +72,8 @@ def rival_table(
         free_base, free_tuned: both on the traces without it.
         seed: of the draws.
 
+    A measure that cannot be read in one set of traces is left out there, and with it what returned.
+
     Returns:
         `measure` (E, follow), `quantity`, `value, ci_low, ci_high, n, decision`.  `value` is NaN where there is nothing
         to divide by.
@@ -84,8 +87,10 @@ def rival_table(
         pairs = [(getattr(base, field), getattr(tuned, field))]
         if free_base is not None and free_tuned is not None:
             pairs.append((getattr(free_base, field), getattr(free_tuned, field)))
-        if not all(len(a) and len(b) for a, b in pairs):
+        if not all(map(len, pairs[0])):
             continue
+        # A measure that was read only with the rival in place is told of there, and nothing has returned.
+        pairs = [pair for pair in pairs if all(map(len, pair))]
         points = [_ratio(a.mean(), b.mean()) for a, b in pairs]
         draws = [draw(a, b, derive_seed(seed, "rival", measure, k)) for k, (a, b) in enumerate(pairs)]
         for name, point, drawn, (a, _) in zip((KEPT_WITH, KEPT_WITHOUT), points, draws, pairs, strict=False):
@@ -120,24 +125,29 @@ def tell_apart(word: Literal["severed", "weakened"], table: pd.DataFrame) -> Tol
     back = [m for m, r in returned.items() if r["decision"] == "returns"]
     under = f"under the rival the tuned mind keeps {_percent(kept)} of the base's E" if kept else "E was not read"
     free = " and ".join(f"{_percent(r)} of the lost {_NAME[m]}" for m, r in returned.items())
-    free = f"with the rival removed, {free} returns" if free else ""
+    free = f"with the rival removed, {free} {'return' if len(returned) > 1 else 'returns'}" if free else ""
     if word == "weakened":
         whole = kept is not None and kept["ci_low"] >= WHOLE
-        if whole or "follow" in back:
-            return Told("overridden", _joined(under, free), f"less than {WHOLE:.0%} of E underneath")
-        return Told("weakened", _joined(under, free), f"{WHOLE:.0%} of E underneath, or a follow rate that returns")
-    if e_with == "survives":
-        return Told("overridden", _joined(under, free), f"less than {HALF:.0%} of E underneath")
-    if back:
-        return Told("overridden", _joined(under, free), f"less than {HALF:.0%} of what was lost returning")
+        reasons = [f"less than {_P90} of E underneath"] * whole
+        reasons += ["a follow rate that does not return"] * ("follow" in back)
+        if reasons:
+            return Told("overridden", _joined(under, free), " and ".join(reasons))
+        return Told("weakened", _joined(under, free), f"{_P90} of E underneath, or a follow rate that returns")
+    # Any one of the reasons is enough, so that all of them would have to go.
+    reasons = [f"less than {_P50} of E underneath"] * (e_with == "survives")
+    reasons += [f"less than {_P50} of the lost {' and of the lost '.join(_NAME[m] for m in back)} returning"] * bool(
+        back
+    )
+    if reasons:
+        return Told("overridden", _joined(under, free), " and ".join(reasons))
     if not returned:
         if e_with == "lost":
             said = f"{under}; a rival that also hides E is not excluded, since it was not removed"
             return Told("severed", said, "E or follow rate returning on traces without the rival")
-        return Told("undecided", f"{under}, on neither side of {HALF:.0%}", "more traces, or traces without the rival")
+        return Told("undecided", f"{under}, on neither side of {_P50}", "more traces, or traces without the rival")
     if e_with == "lost" and all(r["decision"] == "does not return" for r in returned.values()):
-        return Told("severed", _joined(under, free), f"{HALF:.0%} of lost E or follow rate returning without the rival")
-    return Told("undecided", f"{_joined(under, free)}, on neither side of {HALF:.0%}", "more traces")
+        return Told("severed", _joined(under, free), f"{_P50} of lost E or follow rate returning without the rival")
+    return Told("undecided", f"{_joined(under, free)}, on neither side of {_P50}", "more traces")
 
 
 def share_returned(table: pd.DataFrame) -> float:
