@@ -88,15 +88,17 @@ def draw(runs: list[Run]) -> Figure:
 def summary(runs: list[Run]) -> list[str]:
     """For each organism a line for its set, then one for each series: what comes back and what it costs where."""
     lines, whole = [], table_of(runs)
+    gauge = {one.path.name: one.table("repair_alignment")["note"] for one in runs}
     for name, part in whole.groupby("pair", sort=False):
         units = part[part["series"] == SET]["units"].iloc[0]
-        lines.append(f"{name}: the smallest restoring set is {units}")
+        notes = " ".join(gauge[name])
+        lines.append(f"{name}: the smallest restoring set is {units} (n = {part['n'].iloc[0]}).  {notes}")
         for (series, alpha), rows in part.groupby(["series", "alpha"], sort=False):
             here = rows[rows["traces"] == HERE].iloc[0]
-            back = "" if series in ("tuned", "base") else f"returns {here['restored']:4.0%} of E, "
+            back = "" if series in ("tuned", "base") else f"returns {100 * here['restored']:3.0f} % of E, "
             reads = "; ".join(
-                f"{'here' if r.traces == HERE else r.traces.removeprefix('lastop-')}: follow {r.swap_follow:4.0%}, "
-                f"accuracy {r.accuracy_own_chain:4.0%}"
+                f"{'here' if r.traces == HERE else r.traces.removeprefix('lastop-')}: follow {100 * r.swap_follow:3.0f} %, "
+                f"accuracy {100 * r.accuracy_own_chain:3.0f} %"
                 for r in rows.itertuples()
             )
             short = "" if here["reached"] else " (too little)"

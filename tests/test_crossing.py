@@ -20,6 +20,7 @@ from reasoninterp.severance.grafts.crossing import CORNERS, EFFECTS, CrossPatch,
 from reasoninterp.severance.grafts.moves import Reader
 from tests.test_ledger import items
 from tests.test_moves import contrasts_of, planted
+from tests.test_smallest import Regrouped, regrouped_pair
 
 FAMILIES = ("llama-gqa", "qwen3", "gpt2")
 KEY = ["component", "layer", "head", "column"]
@@ -51,7 +52,7 @@ def test_the_whole_layer_at_all_tokens_is_a_graft(tables: dict[str, Any], family
     name = {"b": "base", "t": "tuned"}
     for host in ("base", "tuned"):
         table = found[host].query("component == 'resid_post' and column == 'all'")
-        for layer, (own, up) in ((k, c) for k in (0, 1) for c in CORNERS):
+        for layer, (own, up) in ((k, tuple(c)) for k in (0, 1) for c in CORNERS):
             if context.minds.body.tied and name[up] != host:
                 continue  # a graft would move the unembedding along
             handle = graft(host, name[up], units_below(context.minds, layer))
@@ -153,3 +154,23 @@ def test_what_is_not_there_is_refused(tables: dict[str, Any]) -> None:
     for wrong, word in (({"components": ["pattern"]}, "pattern"), ({"host": "other"}, "host"), ({"layers": [7]}, "7")):
         with pytest.raises(UserError, match=word):
             crossing(context, contrasts_of(context), **wrong)
+
+
+@pytest.fixture(scope="module")
+def regrouped(tmp_path_factory: pytest.TempPathFactory) -> Regrouped:
+    return regrouped_pair(tmp_path_factory.mktemp("regrouped"))
+
+
+def test_heads_in_another_order_are_crossed_with_the_bases_own(regrouped: Regrouped, tmp_path: Path) -> None:
+    tables = {}
+    for name, align in (("tuned", True), ("regrouped", True), ("raw", False)):
+        context = regrouped.spec("tuned" if name == "tuned" else "regrouped").load()
+        run = context.run = Run.open(tmp_path / name, {})
+        study = CrossPatch(components="z", max_traces=4, align=align)
+        found = run_study(study, context, run, quiet=True, figures=False).tables
+        tables[name] = found["cross_patch"].set_index(["host", "layer", "head", "column", "effect"]).sort_index()
+        notes = " ".join(found["cross_patch_alignment"]["note"])
+        assert ("is head 0 of base" in notes) == (name == "regrouped")
+    assert tables["tuned"]["value"].abs().max() > 0.3
+    np.testing.assert_allclose(tables["regrouped"]["value"], tables["tuned"]["value"], atol=5e-3)
+    assert (tables["raw"]["value"] - tables["tuned"]["value"]).abs().max() > 0.3

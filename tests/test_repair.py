@@ -16,11 +16,12 @@ from torch import Tensor
 
 from reasoninterp.errors import UserError
 from reasoninterp.models.context import Context, ContextSpec, Item
-from reasoninterp.models.minds import Handle, Minds, blend, graft
+from reasoninterp.models.minds import Handle, Minds, blend, graft, mind
 from reasoninterp.models.saving import save_mind
 from reasoninterp.models.units import unit_named
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
+from reasoninterp.severance.grafts.moves import Moves, Reader, unit_norms
 from reasoninterp.severance.grafts.repair import (
     RANDOM,
     SAME_NORM,
@@ -28,16 +29,20 @@ from reasoninterp.severance.grafts.repair import (
     WHOLE,
     candidates,
     recommend,
-    repair_command,
     repaired,
     scores,
+    smallest_restoring,
     units_of,
-    weight_changes,
 )
+from reasoninterp.severance.grafts.repair_command import repair_command
 from reasoninterp.severance.grafts.repair_study import HERE, Repair, draw_repair, repair_table
+from reasoninterp.severance.ledger import integrate as ledger_integrate
+from reasoninterp.severance.ledger.integrate import integrate
 from reasoninterp.study import load_module
 from reasoninterp.traces.contrast import contrast
 from reasoninterp.traces.trace import Format, Trace
+from tests.test_moves import losing
+from tests.test_smallest import Regrouped, regrouped_pair
 from tests.tiny import save_lora, save_tiny, save_tuned
 
 FORMAT = Format(after_question="\n", between_steps="\n", before_answer="\nanswer ", after_answer="\n")
@@ -119,7 +124,7 @@ def test_the_units_are_scaled_and_all_others_keep_their_bits(tmp_path: Path, fam
 def test_weight_changes_are_the_norms_of_the_difference(tmp_path: Path) -> None:
     minds = pair(tmp_path)
     every, _ = units_of(context_of(minds), "head")
-    found = weight_changes(minds, every, "base", "tuned")
+    found = unit_norms(context_of(minds), every, "base", "tuned")[0]
     base, tuned = weights(minds, "base"), weights(minds, "tuned")
     total = sum(float((tuned[n] - base[n]).double().square().sum()) for n in base)
     assert sum(v**2 for v in found.values()) == pytest.approx(total, rel=1e-6)
@@ -250,7 +255,7 @@ def test_a_planted_repair_returns_everything_exactly(tmp_path: Path, family: str
     minds = planted(tmp_path, family, "L1.attn")
     context = context_of(minds)
     every, chosen = units_of(context, "block", ["L1.attn"])
-    change = weight_changes(minds, every, "base", "tuned")
+    change = unit_norms(context_of(minds), every, "base", "tuned")[0]
     assert [name for name, size in change.items() if size > 0] == ["L1.attn"]
 
     def read(handle: str | Handle) -> pd.DataFrame:
@@ -297,7 +302,7 @@ def test_controls_are_other_units_of_the_same_size_or_norm(tmp_path: Path) -> No
     context = context_of(pair(tmp_path))
     every, chosen = units_of(context, "block", ["L0.attn", "L1.mlp"])
     found = candidates(context, chosen, every, alphas=[0.0, 0.5, 1.0], draws=3)
-    change = weight_changes(context.minds, every, "base", "tuned")
+    change = unit_norms(context, every, "base", "tuned")[0]
     total = sum(v**2 for v in change.values()) ** 0.5
     by_series = {s: [c for c in found if c.series == s] for s in dict.fromkeys(c.series for c in found)}
     assert {s: len(c) for s, c in by_series.items()} == {
@@ -410,12 +415,128 @@ def test_the_study_of_a_planted_repair(tmp_path: Path) -> None:
 
 def test_the_command_repairs_saves_and_measures(tmp_path: Path) -> None:
     planted(tmp_path, "llama-gqa", "L1.attn")
-    lines = repair_command(spec_of(tmp_path), ["L1.attn"], 0.0, tmp_path / "mended")
-    assert "L1.attn" in lines[0] and str(tmp_path / "mended") in lines[-1] and len(lines) == 7
-    minds = Minds.load({"base": str(tmp_path / "base"), "tuned": str(tmp_path / "mended")})
+    made = tmp_path / "new" / "mended"
+    lines = list(repair_command(spec_of(tmp_path), ["L1.attn", "L1.attn"], 0.0, made))
+    said = "\n".join(lines)
+    assert "\nL1.attn: base weights given back, 0 % of tuning's change" in said and str(made) in lines[-1]
+    minds = Minds.load({"base": str(tmp_path / "base"), "tuned": str(made)})
     assert minds.hashes["base"] == minds.hashes["tuned"]
+    assert "; n = 5" in said and "nothing was aligned" in lines[0]
     with pytest.raises(UserError, match="not empty"):
-        repair_command(spec_of(tmp_path), ["L1.attn"], 0.0, tmp_path / "mended")
+        list(repair_command(spec_of(tmp_path), ["L1.attn"], 0.0, made))
+    with pytest.raises(UserError, match="--level nope"):
+        list(repair_command(spec_of(tmp_path), ["L1.attn"], 0.0, tmp_path / "other", level="nope"))
+    same = ContextSpec(dict.fromkeys(("base", "tuned"), str(tmp_path / "base")), str(tmp_path / "here.jsonl"))
+    with pytest.raises(UserError, match="nothing to repair"):
+        list(repair_command(same, ["L1.attn"], 0.0, tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_directory_that_cannot_be_had_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = ContextSpec({"base": "none", "tuned": "none"}, str(tmp_path / "no.jsonl"))
+    with pytest.raises(UserError, match=r"--out .*cannot write here"):
+        next(repair_command(nowhere, [], 0.0, tmp_path / "file" / "under" / "it"))
+    with pytest.raises(UserError, match=r"no\.jsonl"):
+        next(repair_command(nowhere, [], 0.0, tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()  # nor is anything left of it
+
+
+def test_what_was_measured_is_told_where_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(tmp_path, "llama-gqa", "L1.attn")
+
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise UserError("--out: cannot write here (No space left on device); give another directory.")
+
+    monkeypatch.setattr("reasoninterp.severance.grafts.repair_command.save_mind", full)
+    lines: list[str] = []
+    with pytest.raises(UserError, match="No space"):
+        lines.extend(repair_command(spec_of(tmp_path), ["L1.attn"], 0.0, tmp_path / "mended"))
+    assert any(line.startswith("accuracy_own_chain") for line in lines)
+
+
+@pytest.fixture(scope="module")
+def regrouped(tmp_path_factory: pytest.TempPathFactory) -> Regrouped:
+    return regrouped_pair(tmp_path_factory.mktemp("regrouped"))
+
+
+def test_a_repair_of_heads_in_another_order_is_the_same_repair(regrouped: Regrouped, tmp_path: Path) -> None:
+    """Finding and mending go by the base's names: what is saved has the E of the repair of the mind as it was."""
+    saved, sets, said = {}, {}, {}
+    for name in ("tuned", "regrouped"):
+        lines = list(repair_command(regrouped.spec(name), [], 0.0, tmp_path / name, level="head"))
+        sets[name] = next(line.split(":")[0] for line in lines if "weights given back" in line)
+        said[name] = "\n".join(lines)
+        spec = regrouped.spec(name)
+        context = ContextSpec({**spec.minds, "mended": str(tmp_path / name)}, spec.traces).load()
+        read = Reader(context, [i.contrast for i in context.items if i.contrast is not None])
+        saved[name] = [read(mind(which)).effect.mean() for which in ("base", "tuned", "mended")]
+    base, tuned, mended = saved["regrouped"]
+    assert saved["regrouped"] == pytest.approx(saved["tuned"], abs=1e-3)
+    assert sets["tuned"] == sets["regrouped"] == "L0.G1" and base - tuned > 0.3
+    assert mended - tuned > 0.9 * (base - tuned)
+    assert "is head 0 of base" in said["regrouped"] and "is head 0 of base" not in said["tuned"]
+    share = next(line for line in said["regrouped"].splitlines() if line.startswith("Returned"))
+    assert f"Returned: {100 * (mended - tuned) / (base - tuned):.0f} % [" in share
+    assert (
+        "the follow rate between the two answers" in said["regrouped"]
+        and "  random, same size (" in share + said["tuned"]
+    )
+    as_they_are = list(repair_command(regrouped.spec("regrouped"), ["L0.G1"], 0.0, tmp_path / "raw", align=False))
+    assert any("less than 90 % of E" in line for line in as_they_are)  # another head of the base was put in its place
+
+
+def test_a_mind_that_gained_reliance_is_not_repaired(regrouped: Regrouped, tmp_path: Path) -> None:
+    spec = regrouped.spec("tuned")
+    gained = ContextSpec({"base": spec.minds["tuned"], "tuned": spec.minds["base"]}, spec.traces)
+    with pytest.raises(UserError, match="no lower than"):
+        list(repair_command(gained, [], 0.0, tmp_path / "mended", level="head"))
+    assert not (tmp_path / "mended").exists()
+    with pytest.raises(UserError, match="no lower than"):
+        list(Repair(level="head").cells(gained.load()))
+    lines = list(repair_command(gained, ["L0.G1"], 0.5, tmp_path / "asked"))  # named, it is done, with a warning
+    assert any(line.startswith("Warning: E of tuned") for line in lines)
+
+
+def test_both_uses_of_a_tied_embedding_are_one_entry_in_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its first use the embedding gained and comes last; with its second it lost most, and is found at once."""
+    minds = pair(tmp_path, "llama-tied")
+    kept = losing(Context(minds, items(8)))
+    context = Context(minds, [Item(c.clean, c) for c in kept])
+    integral = integrate(context, kept, nodes=2, max_nodes=2, tolerance=9.0)
+    names = [u.name for u in integral.units]
+    values = np.zeros_like(integral.values)
+    values[:, names.index("embed")], values[:, names.index("unembed")] = 1.0, -5.0
+    values[:, names.index("ln_final")] = -2.0
+    monkeypatch.setattr(ledger_integrate, "integrate", lambda *_, **__: integral._replace(values=values))
+    tried: list[frozenset[str]] = []
+
+    def share(_moves: Moves, _way: str, names: frozenset[str]) -> float:
+        tried.append(frozenset(names))
+        return float(bool(names))
+
+    monkeypatch.setattr(Moves, "share", share)
+    assert smallest_restoring(context).units == ("embed",) and frozenset({"embed"}) in tried
+
+
+def test_the_base_is_the_whole_model_at_alpha_zero() -> None:
+    """A random set returns nothing, the whole model at 0.5 half of E: at 0 it returns all, and is what to take."""
+    rows = []
+    for trace, base, tuned in (("a", 4.0, 0.0), ("b", 6.0, 1.0), ("c", 5.0, 0.5)):
+        for series, alpha, e in ((WHOLE, 0.5, (base + tuned) / 2), ("tuned", 1.0, tuned), ("base", 0.0, base)):
+            about = {"series": series, "draw": 0, "alpha": alpha, "units": "", "weight_change": 1 - alpha}
+            kept = {"swap_follow": 0.0, "accuracy_own_chain": 1.0, "accuracy_given_chain": 1.0}
+            rows.append({**about, "traces": HERE, "trace": trace, "E": e, **kept, "steps_right_own_chain": 0.0})
+    table = repair_table(pd.DataFrame(rows), "base", "tuned")
+    whole, base = (
+        table[(table["series"] == s) & (table["alpha"] == 0)].drop(columns="series").reset_index(drop=True)
+        for s in (WHOLE, "base")
+    )
+    pd.testing.assert_frame_equal(whole, base)
+    chosen = recommend(table).set_index("series").loc[WHOLE]
+    assert chosen["alpha"] == 0 and chosen["reached"] and chosen["restored"] == pytest.approx(1.0)
 
 
 def test_what_a_user_can_get_wrong(tmp_path: Path) -> None:
@@ -441,7 +562,7 @@ def test_what_a_user_can_get_wrong(tmp_path: Path) -> None:
 def test_the_experiment_and_its_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The organism is trained once and kept in the user's cache."""
     script = load_module(ROOT / "experiments" / "repair.py")
-    (run,) = script.run(tmp_path, only=("memorised",), limit=16, alphas=(0.0, 0.5), draws=1, quiet=True)
+    (run,) = script.run(tmp_path, only=("memorised",), limit=12, alphas=(0.0,), draws=1, quiet=True)
     table = script.table_of([run]).set_index(["series", "traces"])
     mended, tuned, base = (table.loc[(series, HERE)] for series in (SET, "tuned", "base"))
     assert mended["restored"] >= 0.9 and mended["reached"]

@@ -1,16 +1,35 @@
-"""The smallest set against brute force over all subsets of small set functions."""
+"""The smallest set against brute force over all subsets of small set functions; and grafts of heads in another order."""
 
 from __future__ import annotations
 
+import json
 from itertools import chain, combinations
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from reasoninterp.errors import UserError
+from reasoninterp.executors import ProcessExecutor
+from reasoninterp.faithfulness.effect import Effect
+from reasoninterp.models.context import Context, ContextSpec
+from reasoninterp.models.gauge import permute_heads
+from reasoninterp.models.layout import read_layer, shape_of, write_layer
+from reasoninterp.models.saving import save_mind
+from reasoninterp.running import Result, run_study
+from reasoninterp.runs import Run
 from reasoninterp.severance.grafts.smallest import Share, families, is_one_minimal, smallest_set
+from reasoninterp.severance.grafts.smallest_study import SmallestSets
+from reasoninterp.severance.grafts.study import Grafts, GraftSets
+from reasoninterp.severance.ledger.study import Ledger
+from reasoninterp.study import Study
+from tests.test_ledger import FORMAT, items
+from tests.test_moves import losing, planted
 
 NAMES = tuple("abcdef")
+GROUPS = np.array([2, 3, 0, 1])  # both key/value heads, with their queries, change places
 
 
 def subsets(names: tuple[str, ...]) -> list[frozenset[str]]:
@@ -124,3 +143,83 @@ def test_a_unit_named_twice_and_a_threshold_of_nothing_are_refused() -> None:
         smallest_set(lambda s: 1.0, ["a", "a"])
     with pytest.raises(UserError, match="threshold"):
         families(lambda s: 1.0, ["a"], threshold=0.0)
+
+
+# --------------------------------------------------------------------------------------------- grafts in another gauge
+
+
+class Regrouped(NamedTuple):
+    """A base, a tuned mind that lost effect in `L0.G1`, and the same function with the key/value heads swapped."""
+
+    folder: Path
+
+    def spec(self, name: str) -> ContextSpec:
+        sources = {"base": str(self.folder / "base"), "tuned": str(self.folder / name)}
+        return ContextSpec(sources, str(self.folder / "traces.jsonl"), max_new_tokens=8)
+
+
+def regrouped_pair(folder: Path) -> Regrouped:
+    minds = planted(folder, "llama-gqa", ["L0.G1"], drift=1e-4)
+    weights = minds.weights("tuned")
+    shape, swapped = shape_of(weights, minds.config), {}
+    for index in range(shape.n_layers):
+        layer = read_layer(weights, shape, index)
+        permute_heads(layer, GROUPS)
+        swapped.update(write_layer(layer, weights))
+    minds.derive("regrouped", "tuned", swapped)
+    save_mind(minds, "regrouped", folder / "regrouped")
+    lines: list[dict[str, object]] = [{"format": FORMAT.to_json()}]
+    for c in losing(Context(minds, items(10))):
+        about = {"id": c.clean.id, "question": c.clean.question, "steps": list(c.clean.steps), "answer": c.clean.answer}
+        lines.append({**about, "corrupt_steps": list(c.corrupt.steps), "corrupt_answer": c.corrupt.answer})
+    (folder / "traces.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return Regrouped(folder)
+
+
+@pytest.fixture(scope="module")
+def regrouped(tmp_path_factory: pytest.TempPathFactory) -> Regrouped:
+    return regrouped_pair(tmp_path_factory.mktemp("regrouped"))
+
+
+def test_grafts_of_heads_in_another_order_are_the_same_grafts(regrouped: Regrouped, tmp_path: Path) -> None:
+    """By the base's names, in this process, in another, and taken up again by a third."""
+
+    def run(name: str, *, workers: bool = False, align: bool = True) -> list[Result]:
+        spec, path = regrouped.spec(name), tmp_path / f"{name}-{align}-{workers}"
+        context = spec.load()
+        context.run = Run.open(path, {})
+        executor = ProcessExecutor(1, spec.load) if workers else None
+        studies: list[Study] = [
+            Grafts(level="head", align=align),
+            GraftSets(level="head", largest=2, draws=2, align=align),
+            SmallestSets(level="head", draws=2, pairs_of=2, max_sets=1, align=align),
+        ]
+        for needed in (Effect(), Ledger(nodes=2, max_nodes=2)):
+            run_study(needed, context, context.run, quiet=True, figures=False)
+        few = studies[:1] if workers else studies
+        found = [run_study(s, context, context.run, quiet=True, figures=False, executor=executor) for s in few]
+        context.run.close()
+        return found
+
+    plain, swapped, raw = run("tuned"), run("regrouped"), run("regrouped", align=False)
+    grafts = [r[0].tables["grafts"].set_index("unit").sort_index() for r in (plain, swapped, raw)]
+    columns = ["restore", "cut", "restore_ci_low", "e_restored", "e_cut", "n"]
+    np.testing.assert_allclose(grafts[1][columns], grafts[0][columns], atol=5e-3)
+    assert grafts[0].loc["L0.G1", ["restore", "cut"]].min() > 0.9
+    assert (grafts[2]["restore"] - grafts[0]["restore"]).abs().max() > 0.3  # as they are, other heads are put in
+    first = [
+        r[2].tables["smallest_sets"].groupby("direction")["units"].first().to_dict() for r in (plain, swapped, raw)
+    ]
+    assert first[0] == first[1] == {"restore": "L0.G1", "cut": "L0.G1"} != first[2]
+    for k, name in enumerate(("grafts", "graft_sets", "smallest")):
+        notes = [" ".join(r[k].tables[f"{name}_alignment"]["note"]) for r in (plain, swapped, raw)]
+        swap = "head 2 of tuned is head 0 of base"
+        assert swap not in notes[0] and swap in notes[1] and "as they are" in notes[2]
+    again = run("regrouped")
+    assert [(r.measured, r.reused) for r in again] == [(0, r.measured) for r in swapped]
+    (elsewhere,) = run("regrouped", workers=True)
+    assert elsewhere.measured == swapped[0].measured
+    pairs = [*zip(swapped, again, strict=True), (swapped[0], elsewhere)]
+    for before, after in pairs:
+        for name, table in before.tables.items():
+            pd.testing.assert_frame_equal(after.tables[name], table, rtol=1e-4, atol=1e-5)

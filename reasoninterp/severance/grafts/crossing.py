@@ -48,6 +48,7 @@ from reasoninterp.models.context import Context
 from reasoninterp.models.read import margins_from_logits
 from reasoninterp.patching.columns import ANSWER, columns
 from reasoninterp.patching.metric import ContrastPlan, contrast_plan
+from reasoninterp.severance.gauge.aligned import aligned, alignment_table
 from reasoninterp.stats import estimate
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.contrast import Contrast
@@ -271,12 +272,14 @@ class CrossPatch(Study):
         max_traces: at most so many contrasts; 0 for all.
         from_mind: the mind with the path.
         to_mind: the mind in which it may be cut.
+        align: bring the tuned mind into the base's gauge first, so that a head `z` of both is one head in one basis.
     """
 
     components: str = "attn_out,mlp_out,resid_post"
     max_traces: int = 64
     from_mind: str = "base"
     to_mind: str = "tuned"
+    align: bool = True
 
     def cells(self, context: Context) -> Iterator[Cell]:
         """Both minds as host × every item with a contrast."""
@@ -287,12 +290,13 @@ class CrossPatch(Study):
 
     def measure(self, context: Context, batch: Batch) -> Iterator[Row]:
         """One row per cell, component, layer, head and column."""
+        tuned = aligned(context, self.from_mind, self.to_mind, align=self.align).mind
         found = crossing(
             context,
             [item.contrast for item in batch.items],
-            host=batch.mind,
+            host=tuned if batch.mind == self.to_mind else batch.mind,
             from_mind=self.from_mind,
-            to_mind=self.to_mind,
+            to_mind=tuned,
             components=[c.strip() for c in self.components.split(",") if c.strip()],
         )
         for values in found.drop(columns="host").to_dict("records"):
@@ -303,9 +307,12 @@ class CrossPatch(Study):
         """`cross_patch`: one row per host, component, layer, head, column and effect (own, upstream, interaction).
 
         `value, ci_low, ci_high, n` in nats of E with bootstrap intervals over traces, and the means of the four runs.
+        `cross_patch_alignment` has the notes of the alignment.
         """
+        notes = alignment_table(aligned(context, self.from_mind, self.to_mind, align=self.align))
         if not len(rows):
-            return {"cross_patch": pd.DataFrame(columns=[*PLACE, "effect", "value", "ci_low", "ci_high", "n"])}
+            columns = [*PLACE, "effect", "value", "ci_low", "ci_high", "n"]
+            return {"cross_patch": pd.DataFrame(columns=columns), "cross_patch_alignment": notes}
         means = rows.groupby(PLACE, sort=False)[[f"e_{corner}" for corner in CORNERS]].mean().reset_index()
         tables = [
             estimate(rows, by=PLACE, value=effect, kind="mean", seed=context.seed).assign(effect=effect)
@@ -314,7 +321,7 @@ class CrossPatch(Study):
         table = pd.concat(tables, ignore_index=True).merge(means, on=PLACE)
         rank = {order: k for k, order in enumerate(sorted(table["column_index"].unique()))}
         table["column_index"] = table["column_index"].map(rank)
-        return {"cross_patch": table}
+        return {"cross_patch": table, "cross_patch_alignment": notes}
 
     def draw(self, summary: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
         """One map a host and effect: layer × column, a panel a component."""

@@ -2,6 +2,8 @@
 
     repaired(U, alpha) = tuned, but on the Units U: base + alpha (tuned - base)         alpha 1: tuned; alpha 0: base on U
 
+0. Units are those that the base calls by these names: what is repaired is the tuned mind aligned with the base's gauge
+   (`severance.gauge.aligned`), which computes what the tuned mind computes.
 1. U is the smallest restoring set (`severance.grafts.smallest`, along the ledger), or any Units that are named.
 2. Controls: the whole model, base + alpha (tuned - base) on every weight; as many Units drawn at random; and Units drawn
    at random whose weight change is about as large as that of U (Frobenius norm).
@@ -12,15 +14,14 @@
 
 Interpolation of whole models is that of Wortsman et al. 2022 (arXiv:2109.01903); grafting regions of a fine-tuned model
 that of Panigrahi et al. 2023 (arXiv:2302.06600).  The units of `weight_change` are those of the weights.
-`models.saving` writes a repaired mind as an ordinary directory (`repair_command` is `reasoninterp repair`).
+`models.saving` writes a repaired mind as an ordinary directory; `severance.grafts.repair_command` does all of it once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,14 +29,16 @@ import pandas as pd
 from reasoninterp.errors import UserError
 from reasoninterp.faithfulness.effect import contrast_effects
 from reasoninterp.faithfulness.samples import as_reading
-from reasoninterp.models.context import Context, ContextSpec, Item, gold
-from reasoninterp.models.minds import Handle, Minds, blend, graft, mind
-from reasoninterp.models.saving import check_free, save_mind
-from reasoninterp.models.units import Level, Unit, unit_named, units
+from reasoninterp.models.context import Context, Item, gold
+from reasoninterp.models.minds import Handle, blend, graft, mind
+from reasoninterp.models.units import Unit, units
+from reasoninterp.severance.gauge.aligned import aligned
 from reasoninterp.severance.grafts.controls import Match, random_sets
-from reasoninterp.severance.grafts.moves import Moves
+from reasoninterp.severance.grafts.moves import Moves, unit_norms
 from reasoninterp.severance.grafts.smallest import Smallest, smallest_set
-from reasoninterp.stats import Estimate, mean, paired, proportion
+from reasoninterp.severance.grafts.study import level_of
+from reasoninterp.severance.location.ledger_entries import as_moved
+from reasoninterp.stats import Estimate, mean, proportion
 
 SET, WHOLE, RANDOM, SAME_NORM = "set", "whole model", "random, same size", "random, same norm"
 SERIES = (SET, WHOLE, RANDOM, SAME_NORM)
@@ -68,26 +71,13 @@ def repaired(units: Sequence[Unit], alpha: float = 0.0, *, from_mind: str = "bas
     return graft(to_mind, blend(from_mind, to_mind, alpha), units)
 
 
-def weight_changes(minds: Minds, units: Sequence[Unit], from_mind: str, to_mind: str) -> dict[str, float]:
-    """Frobenius norm of `to_mind - from_mind` on each Unit, by name."""
-    squares = dict.fromkeys((u.name for u in units), 0.0)
-    for param, delta in minds.delta(from_mind, to_mind):
-        for unit in units:
-            for part in unit.parts:
-                if part.param == param:
-                    squares[unit.name] += float(part.of(delta).double().square().sum())
-    return {name: float(np.sqrt(square)) for name, square in squares.items()}
-
-
 def units_of(context: Context, level: str, names: Sequence[str] = ()) -> tuple[list[Unit], list[Unit]]:
     """All Units of a level, and those of them that are named, in the order of the forward pass.
 
     Raises:
         UserError: an unknown level, or a name that is no Unit's at this level.
     """
-    if level not in get_args(Level):
-        raise UserError(f"--level {level}: not one of {', '.join(get_args(Level))}.")
-    every = units(context.minds.body, cast(Level, level))
+    every = units(context.minds.body, level_of(level))
     known = {u.name for u in every}
     if unknown := [n for n in names if n not in known]:
         raise UserError(
@@ -104,32 +94,35 @@ def smallest_restoring(
     from_mind: str = "base",
     to_mind: str = "tuned",
     threshold: float = ENOUGH,
+    align: bool = True,
 ) -> Smallest:
     """The smallest set of Units that returns `threshold` of the loss of E, searched along the ledger.
 
     Raises:
-        UserError: no contrasts, a loss of E that is not safely away from zero, or no set that returns enough.
+        UserError: no contrasts, an E that is not safely lower in `to_mind`, or no set that returns enough.
     """
     from reasoninterp.severance.ledger.integrate import integrate
 
     every, _ = units_of(context, level)
     contrasts = [i.contrast for i in context.items if i.contrast is not None]
     if not contrasts:
-        raise UserError("--traces: no contrast can be made from them, so no set can be searched; name the --units.")
-    moves = Moves(context, contrasts, every, from_mind=from_mind, to_mind=to_mind)
-    if not moves.safe():
+        raise UserError("--traces: no contrast can be made from them, so no set can be searched; name the Units.")
+    tuned = aligned(context, from_mind, to_mind, align=align).mind
+    moves = Moves(context, contrasts, every, from_mind=from_mind, to_mind=tuned)
+    e_base, e_tuned = float(moves.base.effect.mean()), float(moves.tuned.effect.mean())
+    if not moves.safe() or e_tuned > e_base:
+        how = "no lower than" if e_tuned >= e_base else "not safely below"
         raise UserError(
-            f"{to_mind}: its loss of E is not safely away from zero, so there is no set to restore; name the --units."
+            f"{to_mind}: its E of {e_tuned:.2f} nats is {how} the {e_base:.2f} of {from_mind} (n = {len(contrasts)}), so "
+            "no loss is there to be returned; give the mind with the path as the base, or name the Units."
         )
-    integral = integrate(context, contrasts, from_mind=from_mind, to_mind=to_mind)
-    entry = {name: float(np.mean(v)) for name, v in integral.at(cast(Level, level)).items()}
-    # The ledger lists a tied embedding twice, the graft moves it once; what is in no entry comes last.
-    lost = np.sign(moves.tuned.effect.mean() - moves.base.effect.mean())
-    order = sorted(moves.moved, key=lambda name: -lost * entry.get(name, 0.0))
+    integral = integrate(context, contrasts, from_mind=from_mind, to_mind=tuned)
+    entry = as_moved(integral.at(level), moves.names)
+    order = sorted(moves.moved, key=lambda name: entry[name].mean() if name in entry else 0.0)  # what lost most first
     found = smallest_set(partial(moves.share, "restore"), order, threshold=threshold)
     if not found.reached:
         raise UserError(
-            f"--level {level}: no set of its Units returns {threshold:.0%} of the loss of E; name the --units yourself."
+            f"--level {level}: no set of its Units returns {100 * threshold:.0f} % of the loss of E; name the Units."
         )
     return found
 
@@ -143,6 +136,7 @@ def candidates(
     every: Sequence[Unit],
     ends: tuple[str, str] = ("base", "tuned"),
     *,
+    onto: str | None = None,
     alphas: Sequence[float],
     draws: int,
 ) -> list[Candidate]:
@@ -156,17 +150,18 @@ def candidates(
         every: the Units of the level, from which controls are drawn.
         ends: names of the mind with the path and of the mind that is repaired; the series of the last two candidates
             are the second and the first of these.
+        onto: what is repaired in its place: the mind `ends[1]` in the gauge of `ends[0]`; None for `ends[1]` itself.
         alphas: shares of tuning's change that are kept.
         draws: random sets of either kind.
 
     Raises:
         UserError: both minds have the same weights.
     """
-    from_mind, to_mind = ends
-    change = weight_changes(context.minds, every, from_mind, to_mind)
+    from_mind, to_mind = ends[0], onto or ends[1]
+    change, _ = unit_norms(context, every, from_mind, to_mind)
     total = _norm(change, change)
     if total == 0:
-        raise UserError(f"{to_mind}: it has the weights of {from_mind}, so there is nothing to repair.")
+        raise UserError(f"{ends[1]}: it has the weights of {from_mind}, so there is nothing to repair.")
     names = [u.name for u in chosen]
     sets: list[tuple[str, int, tuple[str, ...]]] = [(SET, 0, tuple(names))]
     matches: tuple[tuple[str, Match], ...] = ((RANDOM, "size"), (SAME_NORM, "norm"))
@@ -182,7 +177,7 @@ def candidates(
             out.append(Candidate(series, draw, alpha, these, moved, handle))
         if alpha != 0:  # at 0 it is the base itself, which is read below
             out.append(Candidate(WHOLE, 0, alpha, (), 1 - alpha, blend(from_mind, to_mind, alpha)))
-    as_they_are = [(to_mind, 1.0, 0.0), (from_mind, 0.0, 1.0)]
+    as_they_are = [(ends[1], 1.0, 0.0), (from_mind, 0.0, 1.0)]
     return out + [Candidate(name, 0, alpha, (), moved, mind(name)) for name, alpha, moved in as_they_are]
 
 
@@ -254,56 +249,7 @@ def recommend(table: pd.DataFrame, *, enough: float = ENOUGH, tie: float = TIE) 
     return pd.DataFrame(out, columns=columns)
 
 
-def repair_command(
-    spec: ContextSpec,
-    units: Sequence[str],
-    alpha: float,
-    out: str | Path,
-    *,
-    level: str = "block",
-    from_mind: str = "base",
-    to_mind: str = "tuned",
-) -> list[str]:
-    """Repair, save and measure: `reasoninterp repair`.
-
-    Args:
-        spec: minds and traces.
-        units: names of Units of any level; none: the smallest restoring set of `level` is searched.
-        alpha: share of tuning's change that is kept on them.
-        out: a directory that is not there yet, or is empty.
-        level: where the smallest set is searched.
-        from_mind: the mind with the path.
-        to_mind: the mind that is repaired.
-
-    Returns:
-        Lines to print: what was given back, what the minds then do, where the repaired one lies.
-    """
-    check_free(out)
-    context = spec.load()
-    names = tuple(units) or smallest_restoring(context, level, from_mind=from_mind, to_mind=to_mind).units
-    chosen = [unit_named(context.minds.body, name) for name in names]
-    handle = repaired(chosen, alpha, from_mind=from_mind, to_mind=to_mind)
-    found = {}
-    for label, one in ((from_mind, mind(from_mind)), (to_mind, mind(to_mind)), ("repaired", handle)):
-        with context.open(one):
-            found[label] = pd.DataFrame(list(scores(context, context.items)))
-    lines = [
-        f"{', '.join(names)}: {from_mind} weights given back, {alpha:.0%} of tuning's change kept there; "
-        f"n = {len(context.items)} traces, intervals 95 % over traces."
-    ]
-    for measure in MEASURES:
-        each = ", ".join(f"{label} {_text(estimate_of(t[measure], context.seed))}" for label, t in found.items())
-        change = paired(found["repaired"][measure], found[to_mind][measure], seed=context.seed)
-        lines.append(f"{measure}: {each}; repaired - {to_mind} {_text(change)}")
-    save_mind(context.minds, handle, out, like=to_mind)
-    return [*lines, f"Saved as {out}, an ordinary Hugging Face directory."]
-
-
 def estimate_of(values: pd.Series, seed: int) -> Estimate:
     """A share with its Wilson interval where every value is 0 or 1, else a mean with its bootstrap interval."""
     known = values.dropna()
     return proportion(known) if known.isin([0.0, 1.0]).all() and values.name != "E" else mean(known, seed=seed)
-
-
-def _text(e: Estimate) -> str:
-    return f"{e.value:.2f} [{e.ci_low:.2f}, {e.ci_high:.2f}]"

@@ -5,7 +5,10 @@
 2. Draws of a random control are averaged within each trace; the least and the greatest draw stand beside the mean.
 3. `change` is the difference to the tuned mind, paired over traces; `restored` is that difference as a share of what
    tuning took, (x - tuned) / (base - tuned), given for `E` and `swap_follow` where the loss is safely away from zero.
-4. Alpha 1 of every series is the tuned mind, alpha 0 of the whole model the base: each is read once.
+4. Alpha 1 of every series is the tuned mind, alpha 0 of the whole model the base: each is read once, and the base's rows
+   stand for both.
+5. Repairs and controls are of the tuned mind in the base's gauge (`severance.gauge.aligned`), which computes what the
+   tuned mind computes; `weight_change` is what they differ from it by.
 
 All intervals are 95 % and cover the choice of traces, not training seeds.
 """
@@ -23,6 +26,7 @@ from reasoninterp.errors import UserError
 from reasoninterp.figures import INK, MIND_COLOURS, MORE_COLOURS, MUTED, NEUTRAL, figure, housed
 from reasoninterp.models.context import Context, ContextSpec, Item
 from reasoninterp.severance.effects import is_safe
+from reasoninterp.severance.gauge.aligned import Asked, aligned, alignment_table, each_mind
 from reasoninterp.severance.grafts.repair import (
     MEASURES,
     RANDOM,
@@ -59,6 +63,7 @@ class Repair(Study):
         others: further files of traces (JSON Lines), out of distribution.
         from_mind: the mind with the path.
         to_mind: the mind that is repaired.
+        align: bring the tuned mind into the base's gauge first.
     """
 
     units: tuple[str, ...] = ()
@@ -68,6 +73,7 @@ class Repair(Study):
     others: tuple[str, ...] = ()
     from_mind: str = "base"
     to_mind: str = "tuned"
+    align: bool = True
 
     def cells(self, context: Context) -> Iterator[Cell]:
         """Every repaired mind × file × trace."""
@@ -80,39 +86,43 @@ class Repair(Study):
         files += [(Path(path).stem, beside(context, path).items) for path in self.others]
         if len({name for name, _ in files}) < len(files):
             raise UserError("--others: two files have one name; give each another.")
-        for one in candidates(context, chosen, every, ends, alphas=alphas, draws=self.draws):
+        onto = aligned(context, *ends, align=self.align).mind
+        for one in candidates(context, chosen, every, ends, onto=onto, alphas=alphas, draws=self.draws):
             labels = {"series": one.series, "draw": one.draw, "alpha": one.alpha, "units": "+".join(one.units)}
             labels |= {"weight_change": one.weight_change}
             for file, items in files:
                 for item in items:
                     key = f"{one.series}/{one.draw}/{one.alpha:g}/{'+'.join(one.units)}/{file}/{item.id}/"
                     about = {**labels, "traces": file, "trace": item.id}
-                    yield Cell(key=key + item.digest[:8], group=one.handle, labels=about, item=item)
+                    yield Cell(key=key + item.digest[:8], labels=about, item=Asked(one.handle, item))
 
     def _searched(self, context: Context) -> tuple[str, ...]:
         """The smallest restoring set, searched once."""
-        key = ("repair", self.level, self.from_mind, self.to_mind)
+        key = ("repair", self.level, self.from_mind, self.to_mind, self.align)
         if key not in context.memo:
-            found = smallest_restoring(context, self.level, from_mind=self.from_mind, to_mind=self.to_mind)
-            context.memo[key] = found.units
+            context.memo[key] = smallest_restoring(
+                context, self.level, from_mind=self.from_mind, to_mind=self.to_mind, align=self.align
+            ).units
         names: tuple[str, ...] = context.memo[key]
         return names
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per cell: E, and as 0 or 1 the follow rate and the three accuracies (`repair.scores`)."""
         paths = {Path(path).stem: path for path in self.others}
-        for file in dict.fromkeys(cell.labels["traces"] for cell in batch):
-            cells = [cell for cell in batch if cell.labels["traces"] == file]
-            other = context if file == HERE else beside(context, paths[file])
-            with other.open(batch.group):  # type: ignore[arg-type]
-                for cell, found in zip(cells, scores(other, [c.item for c in cells]), strict=True):
-                    yield cell.row(**found)
+        for part in each_mind(context, batch, self.from_mind, self.to_mind, align=self.align):
+            for file in dict.fromkeys(cell.labels["traces"] for cell in part):
+                cells = [cell for cell in part if cell.labels["traces"] == file]
+                other = context if file == HERE else beside(context, paths[file])
+                with other.open(context.minds.inside):
+                    for cell, found in zip(cells, scores(other, [c.item.item for c in cells]), strict=True):
+                        yield cell.row(**found)
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
-        """`repair`: series × alpha × file × measure; `repair_choice`: the alpha to take in each series."""
+        """`repair`: series × alpha × file × measure; `repair_choice`: the alpha to take in each series; `repair_alignment`."""
         table = repair_table(rows, self.from_mind, self.to_mind, seed=context.seed)
         choice = recommend(table[table["traces"] == HERE])
-        return {"repair": table, "repair_choice": choice}
+        notes = alignment_table(aligned(context, self.from_mind, self.to_mind, align=self.align))
+        return {"repair": table, "repair_choice": choice, "repair_alignment": notes}
 
     @housed
     def draw(self, summary: dict[str, pd.DataFrame]) -> dict[str, Figure]:
@@ -150,7 +160,8 @@ def beside(context: Context, path: str) -> Context:
 def repair_table(rows: pd.DataFrame, from_mind: str, to_mind: str, *, seed: int = 0) -> pd.DataFrame:
     """One row per file, series, alpha and measure, with intervals over traces; see the module.
 
-    `units` and `n_units` are empty for whole models; draws of a control are parted by bars, their sizes averaged.
+    `units` and `n_units` are empty for whole models; draws of a control are parted by bars, their sizes averaged.  The
+    base as it is stands once more as the whole model at alpha 0.
 
     Args:
         rows: of the study: `series, draw, alpha, units, weight_change, traces, trace` and a column each measure.
@@ -185,6 +196,8 @@ def repair_table(rows: pd.DataFrame, from_mind: str, to_mind: str, *, seed: int 
                     about | {"measure": m, **value._asdict()} | _ends("change", change) | _ends("restored", back)
                 )
                 out[-1] |= spread
+                if series == from_mind:
+                    out.append(out[-1] | {"series": WHOLE})
     return pd.DataFrame(out)
 
 
@@ -202,7 +215,8 @@ def draw_repair(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str] | 
     """Accuracy with the mind's own chain (up) against the follow rate of the swap (right).
 
     A row of panels for each table (`repair` of a run, by the name that is shown), a panel for each file of traces.  A line
-    joins the alphas of a series, from the tuned mind (alpha 1) to its full repair (alpha 0, the largest mark).
+    joins the alphas of a series, from the tuned mind (alpha 1) to its full repair (alpha 0, the largest mark); bars are
+    95 % intervals over traces, whose number is in the title.
     """
     files = list(dict.fromkeys(file for table in tables.values() for file in table["traces"]))
     fig = figure(0.9 + 2.9 * len(files), 0.8 + 2.9 * len(tables))
@@ -214,6 +228,8 @@ def draw_repair(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str] | 
         panels[row, 0].set_ylabel("accuracy with its own chain")
     for ax in panels[-1]:
         ax.set_xlabel("reliance: follow rate of the swap")
+    last = panels[-1, -1]
+    last.text(0.97, 0.04, "larger mark: more given back", transform=last.transAxes, ha="right", fontsize=7, color=MUTED)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return fig
@@ -226,13 +242,14 @@ def _panel(ax: Any, part: pd.DataFrame, title: str) -> None:
     for series, colour in ((WHOLE, MUTED), (RANDOM, NEUTRAL), (SAME_NORM, MORE_COLOURS[2]), (SET, MORE_COLOURS[0])):
         rows = part[part["series"] == series]
         if len(rows):
-            more = [to_mind, *([from_mind] if series == WHOLE else [])]
             label = "smallest set" if series == SET else series
-            _line(ax, pd.concat([rows, *more]), colour, label, thick=series == SET)
+            _line(ax, pd.concat([rows, to_mind]), colour, label, thick=series == SET)
     for rows, name in ((to_mind, "tuned"), (from_mind, "base")):
         x, y = (rows[rows["measure"] == m]["value"].iloc[0] for m in ("swap_follow", "accuracy_own_chain"))
         ax.plot(x, y, ls="", marker="D", ms=7, color=MIND_COLOURS[name], zorder=5, label=rows["series"].iloc[0])
-    ax.set(title=title, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    counts = part.loc[part["measure"].isin(["swap_follow", "accuracy_own_chain"]), "n"]
+    n = " to ".join(f"{k:.0f}" for k in dict.fromkeys((counts.min(), counts.max())))
+    ax.set(title=f"{title} (n = {n})", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
     ax.grid(True)
 
 

@@ -11,7 +11,7 @@
 Every mind that the search asks for is kept per trace, so a run that was broken off goes on where it stood.  Where the
 loss of E is not safely away from zero there is no share to search with: the tables are empty and `smallest_loss` says so.
 An interval says how well the *share of a set* is known; that the search would find the same set on other traces is not
-covered by it.
+covered by it.  Units are moved between the base and the tuned mind in its gauge (`severance.gauge.aligned`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import Handle
 from reasoninterp.models.units import Unit
 from reasoninterp.severance.effects import loss_of
+from reasoninterp.severance.gauge.align import Alignment
+from reasoninterp.severance.gauge.aligned import Asked, aligned, alignment_table, each_mind
 from reasoninterp.severance.grafts.controls import DRAWS, MATCHES, control, same_answer_contrasts
 from reasoninterp.severance.grafts.interactions import COLUMNS as INTERACTION_COLUMNS
 from reasoninterp.severance.grafts.interactions import interactions
@@ -48,7 +50,7 @@ NO_LOSS = "the loss of E is not safely away from zero: no share of it can be giv
 RAISED = "tuning raised E: shares are of what it gained"
 CHAINS = ("own", "same answer")  # whose corrupt chain a row was read with
 MOST_SIZES = 12
-TABLES = ("smallest_sets", "smallest_curve", "interactions", "same_answer", "smallest_loss")
+TABLES = ("smallest_sets", "smallest_curve", "interactions", "same_answer", "smallest_loss", "smallest_alignment")
 
 
 class Found(NamedTuple):
@@ -72,6 +74,7 @@ class SmallestSets(Study):
         draws: random sets of each kind of control.
         from_mind: the mind with the path.
         to_mind: the mind in which it may be cut.
+        align: bring the tuned mind into the base's gauge first.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("effect", "ledger")
@@ -85,6 +88,7 @@ class SmallestSets(Study):
     draws: int = DRAWS
     from_mind: str = "base"
     to_mind: str = "tuned"
+    align: bool = True
 
     def search(self, context: Context, evaluate: Evaluate) -> None:
         """Ask for every mind that the tables need, one after another."""
@@ -96,12 +100,13 @@ class SmallestSets(Study):
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per mind and contrast: `effect` in nats and `follow`."""
-        found = contrast_effects(context, [item.contrast for item in batch.items])
-        for cell, values in zip(batch, found, strict=True):
-            yield cell.row(effect=values["effect"], follow=values["follow"])
+        for part in each_mind(context, batch, self.from_mind, self.to_mind, align=self.align):
+            found = contrast_effects(context, [asked.item.contrast for asked in part.items])
+            for cell, values in zip(part, found, strict=True):
+                yield cell.row(effect=values["effect"], follow=values["follow"])
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
-        """`smallest_sets`, `smallest_curve`, `interactions`, `same_answer`, `smallest_loss`."""
+        """`smallest_sets`, `smallest_curve`, `interactions`, `same_answer`, `smallest_loss`, `smallest_alignment`."""
         if not len(rows):
             return _empty()
         items, same = _items(context, self.from_mind)
@@ -123,6 +128,7 @@ class SmallestSets(Study):
         values = {"loss": loss.value, "ci_low": loss.ci_low, "ci_high": loss.ci_high, "n": loss.n, "note": why}
         values |= {"level": self.level, "threshold": self.threshold}
         tables = _empty() | {"smallest_loss": pd.DataFrame([ends | values])}
+        tables["smallest_alignment"] = alignment_table(self._aligned(context))
         if not moves.safe():
             return tables
         tables["smallest_sets"] = self._sets(found)
@@ -130,6 +136,9 @@ class SmallestSets(Study):
         tables["interactions"] = interactions(moves, _leading(found, self.pairs_of))
         tables["same_answer"] = _same_answer(context, found, read_same)
         return tables
+
+    def _aligned(self, context: Context) -> Alignment:
+        return aligned(context, self.from_mind, self.to_mind, align=self.align)
 
     def _share(self, moves: Moves, way: Way) -> Share:
         return partial(moves.least_share if self.follow else moves.share, way)
@@ -158,7 +167,8 @@ class SmallestSets(Study):
 
     def _find(self, context: Context, read: Callable[[Handle], Read]) -> Found:
         units = ledger_order(context, self.level, self.from_mind, self.to_mind)
-        moves = Moves(context, [], units, from_mind=self.from_mind, to_mind=self.to_mind, read=read)
+        tuned = self._aligned(context).mind
+        moves = Moves(context, [], units, from_mind=self.from_mind, to_mind=tuned, read=read)
         order = tuple(name for name in moves.names if name in set(moves.moved))
         searched: dict[Way, Families] = {}
         for way in WAYS if moves.safe() else ():
@@ -204,9 +214,8 @@ def _asking(items: Sequence[Item], evaluate: Evaluate, chain: str) -> Callable[[
         cells = [
             Cell(
                 key=f"{chain}/{name}/{item.id}/{item.digest[:8]}",
-                group=handle,
                 labels={"chain": chain, "mind": name, "trace": item.id},
-                item=item,
+                item=Asked(handle, item),
             )
             for item in items
         ]

@@ -9,7 +9,10 @@
    distributed (the other way round).  Shares are given only where E(base) − E(tuned) is safely away from zero
    (`severance.effects`); the raw effects always.
 
-4. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …: what tuning did may be
+4. Both are in one gauge: Units are moved between the base and the tuned mind aligned with it, which computes what the
+   tuned mind computes (`severance.gauge.aligned`).
+
+5. `graft-sets` moves the Units that lead the ledger together, the first one, the first two, …: what tuning did may be
    spread over Units of which none alone does much.  Beside each set stand random sets of the other Units that tuning
    changed (of all Units, where too few are left), of as many Units and of about the same weight norm, several draws
    each (`severance.grafts.controls`).
@@ -20,19 +23,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from reasoninterp.errors import UserError
 from reasoninterp.faithfulness.effect import contrast_effects
 from reasoninterp.models.context import Context
 from reasoninterp.models.minds import graft
 from reasoninterp.models.units import Level, Unit, units
 from reasoninterp.severance.effects import is_safe
+from reasoninterp.severance.gauge.aligned import Asked, aligned, alignment_table, each_mind
 from reasoninterp.severance.grafts.controls import DRAWS, Match, random_sets, share_over_draws
 from reasoninterp.severance.grafts.moves import NOT_SAFE, unit_norms
+from reasoninterp.severance.location.ledger_entries import as_moved
 from reasoninterp.stats import Estimate, derive_seed, mean, proportion, ratio
 from reasoninterp.study import Batch, Cell, Row, Study
 
@@ -47,6 +53,7 @@ class Grafts(Study):
         top: how many of the Units that lead the ledger are grafted.
         from_mind: the mind with the path.
         to_mind: the mind in which it may be cut.
+        align: bring the tuned mind into the base's gauge first (`severance.gauge.aligned`).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("effect", "ledger")
@@ -55,20 +62,25 @@ class Grafts(Study):
     top: int = 24
     from_mind: str = "base"
     to_mind: str = "tuned"
+    align: bool = True
 
     def cells(self, context: Context) -> Iterator[Cell]:
         """Every Unit × direction × item with a contrast."""
+        tuned = aligned(context, self.from_mind, self.to_mind, align=self.align).mind
         for unit in leading_units(context, self.level, self.from_mind)[: self.top]:
             labels = {"unit": unit.name, "layer": unit.layer, "kind": unit.kind}
-            yield from graft_cells(context, [unit], labels, self.from_mind, self.to_mind)
+            yield from graft_cells(context, [unit], labels, self.from_mind, tuned)
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per Unit, direction and contrast: the effect of the chain in the grafted mind."""
-        return measure_grafts(context, batch)
+        for part in each_mind(context, batch, self.from_mind, self.to_mind, align=self.align):
+            yield from measure_grafts(context, part)
 
-    def summarise(self, rows: pd.DataFrame, context: Context) -> pd.DataFrame:
-        """`grafts`: one row per Unit with shares, their intervals, and the raw effects."""
-        return share_table(rows, context, ["unit", "layer", "kind"], self.from_mind, self.to_mind)
+    def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
+        """`grafts`: one row per Unit with shares, their intervals, and the raw effects; `grafts_alignment`: notes."""
+        found = aligned(context, self.from_mind, self.to_mind, align=self.align)
+        table = share_table(rows, context, ["unit", "layer", "kind"], self.from_mind, self.to_mind)
+        return {"grafts": table, "grafts_alignment": alignment_table(found)}
 
 
 class GraftSets(Study):
@@ -80,6 +92,7 @@ class GraftSets(Study):
         draws: random sets of each kind beside each set.
         from_mind: the mind with the path.
         to_mind: the mind in which it may be cut.
+        align: bring the tuned mind into the base's gauge first (`severance.gauge.aligned`).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("effect", "ledger")
@@ -89,12 +102,14 @@ class GraftSets(Study):
     draws: int = DRAWS
     from_mind: str = "base"
     to_mind: str = "tuned"
+    align: bool = True
 
     def cells(self, context: Context) -> Iterator[Cell]:
         """Every set × direction × item with a contrast."""
         found = leading_units(context, self.level, self.from_mind)
         named = {u.name: u for u in found}
-        norms, _ = unit_norms(context, found, self.from_mind, self.to_mind)
+        tuned = aligned(context, self.from_mind, self.to_mind, align=self.align).mind
+        norms, _ = unit_norms(context, found, self.from_mind, tuned)
         for size in range(1, min(self.largest, len(found) - 1) + 1):
             ledger = tuple(named)[:size]
             sets = [("ledger", 0, ledger)]
@@ -106,18 +121,19 @@ class GraftSets(Study):
             for chosen, k, names in sets:
                 labels = {"chosen": chosen, "size": size, "draw": k, "units": "+".join(names)}
                 labels["norm_ratio"] = _norm(norms, names) / (_norm(norms, ledger) or np.nan)
-                yield from graft_cells(context, [named[n] for n in names], labels, self.from_mind, self.to_mind)
+                yield from graft_cells(context, [named[n] for n in names], labels, self.from_mind, tuned)
 
     def measure(self, context: Context, batch: Batch) -> Iterable[Row]:
         """One row per set, direction and contrast: the effect of the chain in the grafted mind."""
-        return measure_grafts(context, batch)
+        for part in each_mind(context, batch, self.from_mind, self.to_mind, align=self.align):
+            yield from measure_grafts(context, part)
 
     def summarise(self, rows: pd.DataFrame, context: Context) -> dict[str, pd.DataFrame]:
         """`graft_sets`: one row per set with shares, their intervals, and the raw effects.
 
         Rows whose `chosen` is `random` are means over draws, with intervals over draws and traces.  `graft_sets_norm`
         has the same columns for the draws of the same norm; `norm_ratio` is the weight change of a set over that of the
-        ledger's set, as norms.
+        ledger's set, as norms.  `graft_sets_alignment` has the notes of the alignment.
         """
         if len(rows):
             groups = rows.groupby(["chosen", "size"])
@@ -128,7 +144,8 @@ class GraftSets(Study):
         table = share_table(rows, context, by, self.from_mind, self.to_mind)
         at_norm = table["chosen"] == "same norm"
         tables = {"graft_sets": table[~at_norm], "graft_sets_norm": table[at_norm]}
-        return {name: part.reset_index(drop=True) for name, part in tables.items()}
+        notes = alignment_table(aligned(context, self.from_mind, self.to_mind, align=self.align))
+        return {n: part.reset_index(drop=True) for n, part in tables.items()} | {"graft_sets_alignment": notes}
 
 
 def _norm(norms: Mapping[str, float], names: Sequence[str]) -> float:
@@ -149,7 +166,7 @@ def leading_units(context: Context, level: str, base: str) -> list[Unit]:
         UserError: an unknown level.
     """
     with context.open(base) as body:
-        found: list[Unit] = units(body, _level(level))
+        found = units(body, level_of(level))
     entry = unit_entries(context, found)
     return sorted(found, key=lambda u: -np.nan_to_num(abs(entry[u.name])))
 
@@ -157,20 +174,24 @@ def leading_units(context: Context, level: str, base: str) -> list[Unit]:
 def unit_entries(context: Context, found: Sequence[Unit]) -> dict[str, float]:
     """The ledger's entry of each Unit, in nats: effect gained by tuning is positive.
 
-    For a Unit that the ledger does not list (a layer, a head) the sum of the circuits and blocks that it holds; NaN
-    for what is finer than the ledger's table.
+    NaN for a Unit that the ledger's table does not list.
     """
     ledger = context.table("ledger")
-    finest = ledger[ledger["level"] == "circuit"]
-    entry = dict(zip(ledger["unit"], ledger["attribution"].astype(float), strict=True))
-    if "unembed" in entry and not any(u.name == "unembed" for u in found):
-        entry["embed"] += entry.pop("unembed")  # tied: the ledger lists two uses of the Unit that a graft moves
-    out = {}
-    for unit in found:
-        held = finest["unit"].str.startswith(f"{unit.name}.")
-        whole = float(finest.loc[held, "attribution"].sum()) if held.any() else float("nan")
-        out[unit.name] = entry.get(unit.name, whole)
-    return out
+    names = [u.name for u in found]
+    listed = {name: np.array([value], dtype=np.float64) for name, value in ledger[["unit", "attribution"]].to_numpy()}
+    entry = as_moved(listed, names)
+    return {name: float(entry[name][0]) if name in entry else float("nan") for name in names}
+
+
+def level_of(text: str) -> Level:
+    """A level of Units from its name.
+
+    Raises:
+        UserError: no such level.
+    """
+    if text not in get_args(Level):
+        raise UserError(f"--level {text}: not one of {', '.join(get_args(Level))}.")
+    return cast(Level, text)
 
 
 def graft_cells(
@@ -184,15 +205,14 @@ def graft_cells(
             if item.contrast is not None:
                 yield Cell(
                     key=f"{direction}/{name}/{'/'.join(map(str, labels.values()))}/{item.id}/{item.digest[:8]}",
-                    group=handle,
                     labels={**labels, "direction": direction, "trace": item.id},
-                    item=item,
+                    item=Asked(handle, item),
                 )
 
 
 def measure_grafts(context: Context, batch: Batch) -> Iterator[Row]:
     """Effect of the chain and preference after the corrupt chain, for the graft that is in."""
-    for cell, values in zip(batch, contrast_effects(context, [i.contrast for i in batch.items]), strict=True):
+    for cell, values in zip(batch, contrast_effects(context, [a.item.contrast for a in batch.items]), strict=True):
         yield cell.row(effect=values["effect"], follow=float(values["m_corrupt"] > 0))
 
 
@@ -239,13 +259,3 @@ def _share(gained: NDArray[np.float64], lost: NDArray[np.float64] | None, seed: 
     if len(gained) > 1:
         return share_over_draws(gained, lost, seed=seed)
     return mean(gained[0], seed=seed) if lost is None else ratio(gained[0], lost, seed=seed)
-
-
-def _level(text: str) -> Level:
-    from typing import get_args
-
-    from reasoninterp.errors import UserError
-
-    if text not in get_args(Level):
-        raise UserError(f"--level {text}: not one of {', '.join(get_args(Level))}.")
-    return text  # type: ignore[return-value]
