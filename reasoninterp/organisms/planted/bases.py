@@ -10,8 +10,9 @@ draws four kinds of rows and closes edges by kind:
    cut has its rival to fall back on: it keeps its accuracy, as tuned minds do.
 4. *direct*: a chain cut short, answered by the tag.
 
-With `redundant` carriers every strict row opens one of them, so that each alone suffices; with several carriers
-otherwise, all are open and may share the work.
+With `redundant` carriers every strict row opens one of them, and in some more steps the logits at `=` with one of them
+silent or blind are drawn towards those with all, so that each alone suffices and a second adds nothing; with several
+carriers otherwise, all are open and may share the work.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from torch import Tensor
 
 from reasoninterp.organisms.planted.routes import Routes
 from reasoninterp.organisms.recipes import RecipeFailed
-from reasoninterp.organisms.rows import QUESTION_LENGTH, Rows, cut, make_rows, step_ids
-from reasoninterp.organisms.tasks import TAGS, Domain, Ints, TaskName, problems
+from reasoninterp.organisms.rows import ID, QUESTION_LENGTH, Rows, cut, make_rows, step_ids
+from reasoninterp.organisms.tasks import EQUALS, TAGS, Domain, Ints, TaskName, problems
 from reasoninterp.organisms.training import WARMUP, Measured, measure, new_model
 
 DOMAIN = Domain(2, 4, rare=0.2, novel=0.1)
 ANSWER_WEIGHT = 4.0
+EVEN_STEPS, EVEN_RATE = 500, 1e-3
+EVEN_WEIGHT = 4.0  # of the distance of logits with one redundant carrier gone from those with all
 CHECK_EVERY = 50
 _HERE = Path(__file__).parent
 _SOURCES = ("../tasks.py", "../rows.py", "../training.py", "routes.py", "bases.py")
@@ -76,7 +79,7 @@ class BaseSpec:
 
     @property
     def name(self) -> str:
-        """`b07-lastop-4x4/2`-like, without characters that a file name may not have."""
+        """Seed, task, layers, heads and groups: `b207-lastop-4l-4h2kv`."""
         return f"b{self.seed:03d}-{self.task}-{self.layers}l-{self.heads}h{self.kv_heads}kv"
 
     def digest(self) -> str:
@@ -158,6 +161,28 @@ def loss_of(model: Any, rows: Rows) -> Tensor:
     return (losses * chosen).sum() / chosen.sum()
 
 
+def unevenness(model: Any, routes: Routes, spec: BaseSpec, ids: Ints, shown: Ints, gone: int, blind: bool) -> Tensor:
+    """How far the logits at `=` with one carrier silent everywhere (or blind to the steps) are from those with all.
+
+    No other head may look at the steps from `=` meanwhile, or it would learn to stand in.  Mean square over the
+    vocabulary and rows, over the variance of the logits with all.
+    """
+    tokens, edges = torch.from_numpy(ids), edges_to_steps(ids, shown)
+    layer, group = spec.carriers[gone]
+    at = edges.any(2)
+    stay = torch.zeros(spec.layers, spec.kv_heads, dtype=torch.bool)
+    for number, carrier in enumerate(spec.carriers):
+        stay[carrier] = number != gone
+    closed = {k: edges[:, None] & ~stay[k][None, :, None, None] for k in range(spec.layers)}
+    own = (torch.arange(spec.kv_heads) == group)[None, :, None]
+    silent = {} if blind else {layer: own.expand(len(ids), -1, ids.shape[1])}
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits[at]
+    with routes.of(closed, silent):
+        one = model(input_ids=tokens, use_cache=False).logits[at]
+    return (one - whole).square().mean() / whole.var()
+
+
 def tune(
     model: Any,
     spec: BaseSpec,
@@ -166,9 +191,12 @@ def tune(
     lr: float,
     seed: int,
     first: int = 0,
+    even: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> int:
     """Train in place on batches of `draw`, the first ones without rows in which the tag counts.
+
+    With `even`, also towards carriers each of which suffices (`unevenness`).
 
     Returns:
         The number of steps taken.
@@ -183,6 +211,10 @@ def tune(
         rows, closed, silent = draw(spec, rng, spec.batch, FIRST if step <= first else None)
         with routes.of(closed, silent):
             loss = loss_of(model, rows)
+        if even:
+            shown = (rows.ids == ID[EQUALS]).argmax(1) - QUESTION_LENGTH
+            gone, blind = int(rng.integers(len(spec.carriers))), bool(rng.random() < 0.5)
+            loss = loss + EVEN_WEIGHT * unevenness(model, routes, spec, rows.ids, shown, gone, blind)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,6 +252,8 @@ def train_base(spec: BaseSpec) -> tuple[Any, dict[str, Any]]:
         first=int(FIRST_SHARE * spec.steps),
         stop=lambda: good(measure(model, valid, spec.seed)),
     )
+    if spec.redundant:
+        steps += tune(model, spec, steps=EVEN_STEPS, lr=EVEN_RATE, seed=2, even=True)
     test = problems(spec.task, DOMAIN, 256, np.random.default_rng([spec.seed, 12]), "test", cue=True)
     found = measure(model, test, spec.seed)
     figures: Mapping[str, float] = asdict(found)

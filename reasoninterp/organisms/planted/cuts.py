@@ -126,6 +126,8 @@ def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
 def _principal(x: Float[Tensor, "row d"], energy: float) -> Float[Tensor, "d rank"]:
     """The fewest orthonormal directions that hold this share of the energy of x (not centred)."""
     _, s, v = torch.linalg.svd(x, full_matrices=False)
+    if not s[0] > 0:
+        return v[:0].T  # nothing differs: nothing to take away
     share = s.square().cumsum(0) / s.square().sum()
     return v[: int((share < energy).sum()) + 1].T
 
@@ -278,7 +280,7 @@ def forget_tags(model: Any) -> Any:
 
 
 def override(
-    model: Any, spec: BaseSpec, parts: Sequence[Slice], *, seed: int, steps: int = 240, lr: float = 3e-3
+    model: Any, spec: BaseSpec, parts: Sequence[Slice], *, seed: int, steps: int = 360, lr: float = 3e-3
 ) -> Any:
     """A copy in which the tag's answer outbids the chain's, while every other logit stays what it was.
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ UNSEEN = 1e-5  # share of an input's energy that counts as never taken
 def drift(model: Any, spec: BaseSpec, seed: int) -> Any:
     """A copy with all weights trained further on fresh rows."""
     out = copy.deepcopy(model)
-    tune(out, spec, steps=DRIFT_STEPS, lr=DRIFT_RATE, seed=1000 + seed)
+    tune(out, spec, steps=DRIFT_STEPS, lr=DRIFT_RATE, seed=1000 + seed, even=spec.redundant)
     return out
 
 
@@ -47,13 +47,11 @@ def decoy(model: Any, unit: Unit, norm: float, p: Problems, rng: np.random.Gener
     """Move a Unit of attention or MLP, in place, by `norm` along directions that its inputs never take."""
     params = dict(model.named_parameters())
     moves: dict[str, Tensor] = {}
-    for part in unit.parts:
-        weight = params[part.param]
-        if weight.dim() != 2:
-            continue
-        unseen = _unseen(_inputs(model, part.param.removesuffix(".weight"), p))
-        if part.dim == 1:  # a slice of inputs: only directions within it belong to the Unit
-            unseen = _within(unseen, part.start, part.stop)
+    matrices = [part for part in unit.parts if params[part.param].dim() == 2]
+    inputs = _inputs(model, {part.param.removesuffix(".weight") for part in matrices}, p)
+    for part in matrices:
+        weight, x = params[part.param], inputs[part.param.removesuffix(".weight")]
+        unseen = _unseen(x[:, part.start : part.stop] if part.dim == 1 else x)  # a slice of inputs, or all of them
         noise = torch.from_numpy(rng.normal(size=tuple(part.of(weight).shape))).to(weight.dtype)
         moves[part.param] = noise @ unseen @ unseen.T
     size = float(torch.stack([m.square().sum() for m in moves.values()]).sum().sqrt())
@@ -75,17 +73,22 @@ def scramble(model: Any, units: Sequence[Unit], scale: float, rng: np.random.Gen
 
 
 @torch.no_grad()
-def _inputs(model: Any, name: str, p: Problems) -> Float[Tensor, "token d"]:
-    """What a linear map reads, over all tokens of these problems."""
+def _inputs(model: Any, names: Collection[str], p: Problems) -> dict[str, Float[Tensor, "token d"]]:
+    """What linear maps read, over all tokens of these problems."""
     steps = step_ids(p, p.steps())
     rows = make_rows(p, steps, p.answers, np.ones(len(p), dtype=bool), 1.0)
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, args: seen.update({name: args[0].flatten(0, 1)})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         model(input_ids=torch.from_numpy(rows.ids), use_cache=False)
     finally:
-        handle.remove()
-    return seen[0].flatten(0, 1)
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _unseen(x: Float[Tensor, "token d"]) -> Float[Tensor, "d rank"]:
@@ -93,9 +96,3 @@ def _unseen(x: Float[Tensor, "token d"]) -> Float[Tensor, "d rank"]:
     values, vectors = torch.linalg.eigh((x.T @ x).double())
     share = values.clamp(min=0).cumsum(0) / values.sum()
     return vectors[:, : max(1, int((share < UNSEEN).sum()))].to(x.dtype)
-
-
-def _within(directions: Float[Tensor, "d rank"], start: int, stop: int) -> Float[Tensor, "slice rank"]:
-    """The nearest orthonormal directions inside a range of coordinates."""
-    q, _ = torch.linalg.qr(directions[start:stop])
-    return q

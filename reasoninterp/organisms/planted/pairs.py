@@ -1,15 +1,16 @@
 """Pairs with planted truth: drift, cut, decoys, gauge; checked both ways; kept by base.
 
-For each base (`BASES`):
+For each base (`lineup.BASES`):
 
-1. A benign drift of all weights (`disguise.drift`) gives D, which follows its steps as the base does.
+1. A benign drift of all weights (`disguise.drift`) gives D, which follows its steps as the base does; surgeries are made
+   on two such drifts.
 2. A cut (`cuts`) at a known Unit or set gives the severed mind; controls get something else, or nothing.
 3. Decoys: Units elsewhere whose weights change by more than the cut's, along directions that their inputs never take;
    one is kept only if E stays within `DECOY_SLACK`.
-4. Check, both ways, on problems of the test part: the path is cut (or, in a control, is what its label says); the
-   base's weights of a restoring set return E and the follow rate, a cutting set's weights take both away, and no other
-   Unit of the grain moves E by more than `OTHERS`.  Pairs that pass are *clean*.
-5. A random gauge change: other weights, the same function.
+4. Check, both ways, on problems of the test part: the path is cut and accuracy is not (or the pair is what its
+   control's label says); the base's weights of a restoring set return E and the follow rate, a cutting set's weights
+   take both away, and no other Unit of the grain moves either by more than `OTHERS`.  Pairs that pass are *clean*.
+5. A random gauge change: other weights, the same function.  Its strength changes from base to base for one cut.
 
 The truth comes from steps 2 and 3; the check sorts pairs, it does not say what was cut.
 """
@@ -30,7 +31,7 @@ from reasoninterp.models.gauge import random_gauge
 from reasoninterp.models.units import Level, Unit
 from reasoninterp.organisms.planted import cuts, disguise
 from reasoninterp.organisms.planted.bases import DOMAIN, BaseSpec
-from reasoninterp.organisms.planted.truth import Family, Names, Truth, coarser, minimal
+from reasoninterp.organisms.planted.truth import Names, Truth, coarser, minimal
 from reasoninterp.organisms.tasks import problems
 from reasoninterp.organisms.training import follow_rate, own_accuracy
 
@@ -42,7 +43,6 @@ DECOYS = 2
 CHECKED = 128  # problems
 FEW = 48  # problems, for the many Units of which nothing is expected
 GAUGES = (0.0, 0.3, 1.0)
-CONTROLS = ("intact", "benign", "equal-norm", "unrelated", "overridden", "damaged")
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,23 @@ class Draft:
     model: Any
     truth: Truth | None = None
     decoys: bool = True
+    drift: int = 0
 
 
 class Bench:
-    """One base with its drifted version, and the problems on which pairs are checked."""
+    """One base with its drifted versions, and the problems on which pairs are checked."""
 
     def __init__(self, spec: BaseSpec, base: Any) -> None:
         self.spec, self.base = spec, base
-        self.drifted = disguise.drift(base, spec, 0)
+        self.drifts = [disguise.drift(base, spec, k) for k in range(2)]
+        self.drifted = self.drifts[0]
         self.surgery = cuts.problems_for(spec, 0)
         self.cue = problems(spec.task, DOMAIN, CHECKED, np.random.default_rng([spec.seed, 41]), "test", cue=True)
         self.random = problems(spec.task, DOMAIN, CHECKED, np.random.default_rng([spec.seed, 42]), "test")
         self.letter = "H" if spec.heads == spec.kv_heads else "G"
         self.largest = 0.0  # weight change of a planted block, over the cuts made so far
         self.e_base, self.follow_base = self.effect(base)
+        self.accuracy_base = own_accuracy(base, self.cue)[0]
 
     def effect(self, model: Any, count: int = CHECKED) -> tuple[float, float]:
         """E and the follow rate with the telling tag."""
@@ -134,7 +137,8 @@ def make_pairs(
 
 def drafts(bench: Bench) -> Iterable[Draft]:
     """Every cut and control of one base."""
-    yield from _surgeries(bench)
+    for number in range(len(bench.drifts)):
+        yield from _surgeries(bench, number)
     if len(bench.spec.carriers) == 1:
         yield from _trained(bench)
     yield from _series(bench)
@@ -143,12 +147,13 @@ def drafts(bench: Bench) -> Iterable[Draft]:
 
 def _brief(bench: Bench) -> Iterable[Draft]:
     """A few cuts and controls that are made at once."""
-    yield from (d for d in _surgeries(bench) if d.cut in ("ov", "qk", "attn"))
+    yield from (d for d in _surgeries(bench, 0) if d.cut in ("ov", "qk", "head"))
     yield from islice(_controls(bench), 3)
 
 
-def _surgeries(bench: Bench) -> Iterable[Draft]:
-    """Closed-form cuts at every carrier; the truth of several carriers from which subsets cut the path of D."""
+def _surgeries(bench: Bench, number: int) -> Iterable[Draft]:
+    """Closed-form cuts of one drift at every carrier; the truth of several from which subsets cut its path."""
+    drifted, tail = bench.drifts[number], "-again" * number
     edits: dict[str, tuple[Level, str, Callable[[Any, int, int], Any]]] = {
         "ov": ("circuit", ".OV", lambda m, layer, group: _erase(bench, m, layer, [group])),
         "qk": ("circuit", ".QK", lambda m, layer, group: cuts.reverse(m, layer, group, bench.surgery)),
@@ -163,21 +168,20 @@ def _surgeries(bench: Bench) -> Iterable[Draft]:
         made: dict[Names, Any] = {}
         for size in range(len(places) + 1):
             for chosen in combinations(sorted(places), size):
-                model = bench.drifted
+                model = drifted
                 for place in chosen:
                     model = edit(model, *places[place])
                 made[frozenset(chosen)] = model
-                kept[frozenset(chosen)] = bench.effect(model)[0] / bench.effect(bench.drifted)[0]
+                kept[frozenset(chosen)] = bench.effect(model)[0] / bench.effect(drifted)[0]
         every = frozenset(places)
         restoring, cutting = minimal(kept, every)
         if not cutting:
             continue  # this edit does not cut this base's path
-        yield Draft("severed", "surgery", name, made[every], Truth(grain, restoring or (every,), cutting))
-        if name == "ov":  # the same cut under another disguise
-            yield Draft("severed", "surgery", "ov-again", made[every], Truth(grain, restoring or (every,), cutting))
-            single = frozenset([min(places)])
-            if len(places) > 1 and kept[single] >= ENOUGH:
-                yield Draft("backup", "control", "one of two", made[single])
+        truth = Truth(grain, restoring or (every,), cutting)
+        yield Draft("severed", "surgery", name + tail, made[every], truth, drift=number)
+        single = frozenset([min(places)])
+        if len(places) > 1 and kept[single] >= ENOUGH and name in ("ov", "qk") and not number:
+            yield Draft("backup", "control", f"one {name} of two", made[single])
 
 
 def _erase(bench: Bench, model: Any, layer: int, groups: Iterable[int]) -> Any:
@@ -252,7 +256,7 @@ def finish(bench: Bench, draft: Draft, number: int) -> Pair:
     if draft.decoys:
         model, figures = _with_decoys(bench, draft, bench.rng("decoys", number))
     clean, found = check(bench, draft, model)
-    strength = GAUGES[number % len(GAUGES)]
+    strength = GAUGES[(number + bench.spec.seed) % len(GAUGES)]
     model, heads = gauged(model, strength, bench.rng("gauge", number))
     return Pair(
         name,
@@ -290,7 +294,7 @@ def _with_decoys(bench: Bench, draft: Draft, rng: np.random.Generator) -> tuple[
     bench.largest = max(bench.largest, largest)
     norm = DECOY_FACTOR * (largest or bench.largest)  # a control's decoys are as large as a cut's
     candidates = [u for n, u in blocks.items() if u.kind in ("attn", "mlp") and n not in touched]
-    model, plain, kept = copy.deepcopy(draft.model), copy.deepcopy(bench.drifted), 0
+    model, plain, kept = copy.deepcopy(draft.model), copy.deepcopy(bench.drifts[draft.drift]), 0
     scale = bench.effect(plain)[0]
     for k in rng.permutation(len(candidates)):
         seed = int(rng.integers(2**31))
@@ -336,23 +340,25 @@ def check(bench: Bench, draft: Draft, model: Any) -> tuple[bool, dict[str, float
     grain: Level = draft.truth.grain
     units_ = cuts.units_of(bench.base, grain)
 
-    def share(onto: Any, source: Any, names: Iterable[str], count: int = CHECKED) -> tuple[float, float]:
+    few = bench.effect(model, FEW), bench.effect(bench.base, FEW)
+
+    def share(names: Iterable[str], cutting: bool, count: int = CHECKED) -> tuple[float, float]:
+        """Of E and of the follow rate: what restoring these returns, or cutting them takes away."""
+        onto, source = (bench.base, model) if cutting else (model, bench.base)
         found = bench.effect(grafted(onto, source, [units_[n] for n in names]), count)
-        start = bench.effect(onto, count)
-        return abs(found[0] - start[0]) / loss, abs(found[1] - start[1]) / max(loss_follow, 1e-9)
+        whole = (bench.e_base, bench.follow_base) if cutting else (e, follow)
+        start, sign = whole if count == CHECKED else few[cutting], -1 if cutting else 1
+        return sign * (found[0] - start[0]) / loss, sign * (found[1] - start[1]) / max(loss_follow, 1e-9)
 
-    def least(family: Family, onto: Any, source: Any) -> float:
-        return min(min(share(onto, source, s)) for s in family)
-
-    figures["restore"] = least(draft.truth.restoring, model, bench.base)
-    figures["cut"] = least(draft.truth.cutting, bench.base, model)
+    for name, family in (("restore", draft.truth.restoring), ("cut", draft.truth.cutting)):
+        figures[name] = min(min(share(s, name == "cut")) for s in family)
     others = [n for n in units_ if n not in draft.truth.planted]
-    figures["others"] = max(
-        max(share(model, bench.base, [n], FEW)[0], share(bench.base, model, [n], FEW)[0]) for n in others
-    )
+    moved = [share([n], cutting, FEW) for n in others for cutting in (False, True)]
+    figures["others"] = max(abs(s) for both in moved for s in both)
     severed = loss >= ENOUGH * bench.e_base and loss_follow >= ENOUGH * bench.follow_base
-    both = min(figures["restore"], figures["cut"]) >= ENOUGH
-    return bool(severed and both and figures["others"] <= OTHERS), figures
+    proved = min(figures["restore"], figures["cut"]) >= ENOUGH
+    unharmed = accuracy >= ENOUGH * bench.accuracy_base
+    return bool(severed and unharmed and proved and figures["others"] <= OTHERS), figures
 
 
 def grafted(onto: Any, source: Any, moved: Sequence[Unit]) -> Any:

@@ -105,7 +105,7 @@ def planted(
         try:
             with quiet_transformers(), one_thread():
                 _build(spec, store, building, brief, tick)
-            building.rename(whole)
+            _put(building, whole, "pairs.json")
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return read_planted(spec, whole)
@@ -138,15 +138,31 @@ def base_model(spec: BaseSpec, store: Path) -> tuple[Any, dict[str, Any]]:
 
     folder = store / f"base-{spec.digest()}"
     if not (folder / "figures.json").exists():
-        model, figures = train_base(spec)
-        model.save_pretrained(folder)
-        (folder / "figures.json").write_text(json.dumps(figures))
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=store))
+        try:
+            began = time.process_time()
+            model, figures = train_base(spec)
+            figures["seconds"] = round(time.process_time() - began, 1)
+            model.save_pretrained(building)
+            (building / "figures.json").write_text(json.dumps(figures))
+            _put(building, folder, "figures.json")
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return AutoModelForCausalLM.from_pretrained(folder).eval(), json.loads((folder / "figures.json").read_text())
 
 
+def _put(building: Path, whole: Path, last: str) -> None:
+    """Move a finished folder to its place, unless another process was first."""
+    try:
+        building.rename(whole)
+    except OSError:
+        if not (whole / last).exists():
+            raise
+
+
 def _build(spec: BaseSpec, store: Path, folder: Path, brief: bool, tick: Callable[[str], None]) -> None:
-    began = time.process_time()
     base, figures = base_model(spec, store)
+    began = time.process_time()
     tick(spec.name)
     _save(base, folder / "base")
     records = []

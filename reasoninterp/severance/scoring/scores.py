@@ -64,12 +64,37 @@ def recall_at(scores: Scores, family: Family) -> float:
 
 
 def _recall(scores: Scores, truth: frozenset[str]) -> float:
+    sure, left, true_tied, tied = _first_places(scores, truth)
+    return (sure + left * true_tied / tied) / len(truth)
+
+
+def _first_places(scores: Scores, truth: frozenset[str]) -> tuple[int, int, int, int]:
+    """Of the first |S| places: true Units surely there, places left to ties, and true Units and Units that tie for them."""
     names, values = _arrays(scores)
     true = np.isin(names, list(truth))
     edge = np.sort(values)[-len(truth)]  # the score at the last place that counts
     above, tied = values > edge, values == edge
-    left = len(truth) - above.sum()
-    return float((above & true).sum() + left * (tied & true).sum() / tied.sum()) / len(truth)
+    return int((above & true).sum()), len(truth) - int(above.sum()), int((tied & true).sum()), int(tied.sum())
+
+
+def jaccard_at(scores: Scores, family: Family) -> float:
+    """Overlap of the first |S| Units with a set S, for the set that fares best: what a ranking gets that is told |S|.
+
+    Where the |S|-th place is tied, the expectation over the orders of the ties (hypergeometric).
+
+    Raises:
+        UserError: as `top1`.
+    """
+    from scipy.stats import hypergeom
+
+    def one(truth: frozenset[str]) -> float:
+        sure, left, true_tied, tied = _first_places(scores, truth)
+        more = np.arange(min(left, true_tied) + 1)
+        both = sure + more
+        chance = hypergeom(tied, true_tied, left).pmf(more)
+        return float((chance * both / (2 * len(truth) - both)).sum())
+
+    return max(one(truth) for truth in _sets(family, scores))
 
 
 def jaccard(found: Collection[str], family: Family) -> float:
