@@ -1,7 +1,8 @@
 """The bases of SeverBench, and which third of them is held out.
 
 Sizes from two to six layers, with and without grouped keys and values; both tasks; one carrier, two that share the
-work, two of which either is enough.  Seeds that are missing in the row did not learn with their recipe.
+work, two of which either was to be enough (each pair's truth says what came of it).  Seeds that are missing in the row
+did not learn with their recipe.
 """
 
 from __future__ import annotations
