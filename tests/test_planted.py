@@ -523,6 +523,7 @@ class FakeBench(pairs.Bench):
         with torch.no_grad():
             for p in self.drifted.parameters():
                 p.add_(0.01)
+        self.drifts, self.accuracy_base = [self.drifted, self.drifted], 0.95
         self.surgery = self.cue = self.random = some(4)
         self.letter, self.largest = "G", 0.0
         self.e_base, self.follow_base = self.effect(self.base)
@@ -557,8 +558,10 @@ class Case:
         return e + self.leak * is_of(model, self.base, "L1.mlp"), 1.0 if good else self.cut_follow
 
 
-def verdict(case: Case, monkeypatch: pytest.MonkeyPatch, truth: Truth | None = None) -> tuple[bool, dict[str, float]]:
-    monkeypatch.setattr(pairs, "own_accuracy", lambda *_: (1.0, 1.0, 0.0))
+def verdict(
+    case: Case, monkeypatch: pytest.MonkeyPatch, truth: Truth | None = None, accuracy: float = 1.0
+) -> tuple[bool, dict[str, float]]:
+    monkeypatch.setattr(pairs, "own_accuracy", lambda *_: (accuracy, 1.0, 0.0))
     monkeypatch.setattr(pairs, "follow_rate", lambda *_: (0.9, 0.1, 3.0))
     bench = FakeBench(SPEC, case)
     truth = truth or Truth("circuit", (names(A),), (names(A),))
@@ -583,6 +586,9 @@ def test_a_pair_is_clean_only_if_its_truth_restores_cuts_and_is_alone(monkeypatc
     clean, figures = verdict(LeaksLittle(), monkeypatch)
     assert clean and figures["others"] == pytest.approx(0.1 / 4.0)
 
+    clean, figures = verdict(Case(), monkeypatch, accuracy=0.5)  # damaged, not severed
+    assert not clean and figures["restore"] == pytest.approx(1.0)
+
     class StillFollows(Case):
         cut_follow = 0.3
 
@@ -598,6 +604,19 @@ def test_a_pair_is_clean_only_if_its_truth_restores_cuts_and_is_alone(monkeypatc
 
     clean, figures = verdict(HardlyCut(), monkeypatch)
     assert not clean and "restore" not in figures
+
+
+def test_a_graft_that_moves_the_wrong_way_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Backwards(Case):
+        """Half a graft is worse than none: mixed weights have −4 nats."""
+
+        def __call__(self, model: Any) -> tuple[float, float]:
+            if is_of(model, self.base, "L0.mlp") != is_of(model, self.base, A):
+                return -4.0, 0.0
+            return super().__call__(model)
+
+    clean, figures = verdict(Backwards(), monkeypatch)
+    assert not clean and figures["restore"] < -0.9 and figures["cut"] == pytest.approx(1.0)
 
 
 def test_a_wrong_truth_is_not_clean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -683,16 +702,18 @@ def test_surgeries_tell_redundant_carriers_from_carriers_in_a_row(monkeypatch: p
     for agree, restoring, cutting in ((any, either, every), (all, every, either)):
         rule = lambda m, agree=agree: (4.0 * agree([carries(m, c) for c in BOTH.carriers]), 1.0)  # noqa: E731
         with marked_cuts(monkeypatch):
-            drafts = list(pairs._surgeries(FakeBench(BOTH, rule)))
+            bench = FakeBench(BOTH, rule)
+            drafts = [d for number in (0, 1) for d in pairs._surgeries(bench, number)]
         found = {d.cut: d for d in drafts}
+        assert {d.drift for d in drafts} == {0, 1} and found["ov-again"].drift == 1
         assert found["ov"].truth == found["ov-again"].truth == Truth("circuit", restoring, cutting)
         coarse = found["attn"].truth
         assert coarse == Truth("block", coarsened(restoring, "block"), coarsened(cutting, "block"))
         assert "qk" not in found  # the rule does not heed queries: that edit cuts nothing here
         assert not any(carries(found["ov"].model, c) for c in BOTH.carriers)
-        assert ("one of two" in found) == (agree is any)
+        assert ("one ov of two" in found) == (agree is any)
         if agree is any:
-            backup = found["one of two"]
+            backup = found["one ov of two"]
             assert backup.label == "backup" and backup.truth is None
             assert sum(carries(backup.model, c) for c in BOTH.carriers) == 1
 
@@ -700,10 +721,10 @@ def test_surgeries_tell_redundant_carriers_from_carriers_in_a_row(monkeypatch: p
 def test_finished_pairs_keep_their_truth_and_decoys_keep_off_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = lambda m: (4.0 * carries(m, Carrier(0, 1)), 1.0 * carries(m, Carrier(0, 1)))  # noqa: E731
     bench = FakeBench(SPEC, rule)
-    bench.surgery = some(64)
+    bench.surgery, bench.accuracy_base = some(64), 0.0  # an untrained model has no accuracy to lose
     with marked_cuts(monkeypatch):
-        draft = next(iter(pairs._surgeries(bench)))
-    pair = pairs.finish(bench, draft, 0)
+        draft = next(iter(pairs._surgeries(bench, 0)))
+    pair = pairs.finish(bench, draft, 1)
     assert pair.gauge == 0.0 and pair.truth == Truth("circuit", (names(A),), (names(A),)) and pair.clean
     blocks = cuts.units_of(bench.base, "block")
     moved = [n for n, u in blocks.items() if disguise.change(draft.model, pair.model, u) > 1e-6]
@@ -715,7 +736,7 @@ def test_finished_pairs_keep_their_truth_and_decoys_keep_off_it(monkeypatch: pyt
     felt, figures = pairs._with_decoys(bench, draft, np.random.default_rng(0))
     assert figures["decoys"] == 1.0  # those that E feels are dropped
     assert disguise.change(draft.model, felt, blocks["L0.mlp"]) > 0
-    again = pairs.finish(bench, draft, 1)
+    again = pairs.finish(bench, draft, 2)
     assert again.gauge == 0.3 and again.name != pair.name and len(again.heads) == SPEC.layers
 
 
@@ -774,7 +795,11 @@ def test_planted_pairs_come_back_from_disk_as_they_were(tmp_path: Path, untraine
     untrained.setattr(store, "train_base", None)
     found = store.planted(SPEC, tmp_path / "organisms")
     assert found == made and told == [SPEC.name]
-    assert found.path == tmp_path / "planted" / store.digest(SPEC) and found.figures == {"accuracy": 0.99}
+    assert (
+        found.path == tmp_path / "planted" / store.digest(SPEC)
+        and found.figures["accuracy"] == 0.99
+        and found.figures["seconds"] >= 0
+    )
     for wanted, pair in zip(some_pairs(model_of()), found.pairs, strict=True):
         for field in ("name", "label", "mechanism", "cut", "truth", "clean", "figures", "gauge"):
             assert getattr(pair, field) == getattr(wanted, field), field
@@ -806,10 +831,17 @@ def test_a_building_that_dies_leaves_nothing_that_passes_for_a_base(
 
 
 def test_a_base_that_dies_in_training_or_saving_is_trained_again(tmp_path: Path, untrained: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / f"base-{SPEC.digest()}"
-    model_of(seed=7).save_pretrained(folder)  # weights without figures: it died in between
+    with untrained.context() as m:
+        m.setattr(store, "_put", raises)  # trained and saved, but not yet in its place
+        with pytest.raises(MemoryError):
+            store.base_model(SPEC, tmp_path)
+    assert not list(tmp_path.iterdir())
     model, figures = store.base_model(SPEC, tmp_path)
-    assert not changed(model, model_of()) and figures == {"accuracy": 0.99} and not model.training
+    assert not changed(model, model_of()) and figures["accuracy"] == 0.99 and not model.training
+
+
+def raises(*_: Any) -> None:
+    raise MemoryError
 
 
 def test_a_digest_tells_specs_and_brief_ones_apart() -> None:

@@ -100,7 +100,8 @@ LIMITS = (
     (
         "The ledger is one path.",
         "Its entries add up to the change of E exactly, along the straight line from base "
-        "to tuned weights; another path would share the change out differently. Grafts test it from both ends.",
+        "to tuned weights, whose heads and head bases are matched first; another path would share the change out "
+        "differently. Grafts test it from both ends.",
     ),
     (
         "Intervals are 95 % over the choice of traces.",
