@@ -147,7 +147,7 @@ def test_every_sentence_says_what_would_reverse_it_and_the_json_is_plain(context
     assert json.loads(text)["restoring"]["units"] == ["L0.attn"]
     assert list(found.ranking.columns) == RANKING
     lines = lines_of(found)
-    assert len(lines) <= 15 and lines[0].startswith("SEVERED") and "not calibrated" in lines[0]
+    assert len(lines) <= 15 and lines[0].startswith("SEVERED") and "confidence" in lines[0].lower()
 
 
 def test_wrong_arguments_are_told_in_a_sentence(context: Context) -> None:
