@@ -58,7 +58,7 @@ def pair(minds: Minds, change: Change, rows: int | None = None) -> tuple[Context
     """A context, and the name of a mind derived from `base`, whose parameters `change` has moved in place."""
     weights = minds.weights("base")
     change(weights)
-    name = f"tuned-{len(minds.names)}"
+    name = f"tuned-{len(minds.derived)}"
     minds.derive(name, "base", weights)
     return Context(minds, [Item(c.clean, c) for c in contrasts()], rows=rows), name
 

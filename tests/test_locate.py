@@ -147,7 +147,7 @@ def test_every_sentence_says_what_would_reverse_it_and_the_json_is_plain(context
     assert json.loads(text)["restoring"]["units"] == ["L0.attn"]
     assert list(found.ranking.columns) == RANKING
     lines = lines_of(found)
-    assert len(lines) <= 15 and lines[0].startswith("SEVERED") and "confidence" in lines[0].lower()
+    assert len(lines) <= 15 and lines[0].startswith("SEVERED") and found.confidence.basis in lines[0]
 
 
 def test_wrong_arguments_are_told_in_a_sentence(context: Context) -> None:
@@ -200,8 +200,9 @@ def test_what_was_read_once_is_not_read_again_and_costs_the_same(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("made again")
 
-    for name in ("integrate", "read_answers", "align_gauges", "direct_contributions"):
+    for name in ("integrate", "read_answers", "direct_contributions"):
         monkeypatch.setattr(f"reasoninterp.severance.location.locate.{name}", never)
+    monkeypatch.setattr("reasoninterp.severance.gauge.aligned.align_gauges", never)
     at_layer = located(context, "severed", "layer")
     assert at_layer.integral is first.integral and at_layer.aligned == first.aligned
     for found in (first, at_layer):  # each of the ledger's backward passes had a forward one
