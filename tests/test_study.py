@@ -839,7 +839,7 @@ def test_the_default_summary_is_the_rows(tmp_path: Path) -> None:
     ("cls", "name"),
     [
         ("InfoGain", "info-gain"),
-        ("Effect", "effect"),
+        ("Margin", "margin"),
         ("KLSweep", "kl-sweep"),
         ("Top2Heads", "top2-heads"),
         ("_Own", "own"),
