@@ -13,7 +13,10 @@ from reasoninterp.models.units import units
 from reasoninterp.patching.metric import contrast_plan
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
-from reasoninterp.severance.ledger.study import Ledger, difference_of, entries, ledger_units, nodes
+from reasoninterp.severance.ledger.integrate import difference_of, entries
+from reasoninterp.severance.ledger.products import ledger_units
+from reasoninterp.severance.ledger.quadrature import nodes
+from reasoninterp.severance.ledger.study import Ledger
 from reasoninterp.traces.contrast import contrast
 from reasoninterp.traces.trace import Format, Trace
 from tests.tiny import save_tiny, save_tuned

@@ -265,10 +265,12 @@ def test_why_minds_are_not_aligned_is_warned_of_by_hand() -> None:
 def test_an_alignment_outlives_the_refusal_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = Context(Minds.load({"base": save_tiny(tmp_path / "base", "gpt2", n_layers=1)}), askable_items()[:1])
     minds, asked = context.minds, []
+    for to in ("a", "b"):
+        minds.derive(to, "base", {})
 
     def refused_for_b(_minds: Minds, _from: str, to: str) -> Alignment:
         asked.append(to)
-        minds.derive(f"{to}-aligned", "base", {})  # fails where the name is taken
+        minds.derive(f"{to}-aligned", to, {})  # fails where the name is taken
         if to == "b":
             minds.discard("b-aligned")
         return Alignment(to if to == "b" else f"{to}-aligned", (), 1.0, 1.0, ())

@@ -101,16 +101,18 @@ def test_what_is_kept_by_names_is_forgotten_with_a_name(tmp_path: Path) -> None:
     minds = load(tmp_path, "llama")
     name = "model.norm.weight"
     minds.derive("new", "tuned", {name: minds.weights("tuned")[name] + 1})
-    minds.memo["alignment", "base", "new"] = "of what was called new"
+    minds.memo["alignment", "base", "tuned"] = "new"  # made from `tuned`
+    minds.memo["difference", "base", "new"] = "of what was called new"
+    minds.memo["difference", "base", "base"] = "of others"
     minds.derive("other", "tuned", {})
-    assert minds.memo  # further names change nothing
+    assert len(minds.memo) == 3  # further names change nothing
     held = minds.difference("base", "new")
     assert set(held) == {p for p, _ in minds.delta("base", "new")} and name in held and "nothing" not in held
     torch.testing.assert_close(held[name], minds.weights("tuned")[name] + 1 - minds.weights("base")[name])
     held[name].zero_()  # formed anew
     assert held[name].abs().max() > 0.5 and len(held) == len(list(held))
     minds.discard("new")
-    assert not minds.memo
+    assert list(minds.memo.values()) == ["of others"]
 
 
 def test_derived_tensors_are_copies_and_may_go_to_files(tmp_path: Path) -> None:

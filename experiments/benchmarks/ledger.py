@@ -8,7 +8,8 @@
    blends, forward and backward passes, leaf products) over the number of its nodes, beside one plain forward and
    backward pass of the plain model on the same batch that forms the gradient of every weight.  `ledger_ratio` is the
    former over the latter; `max_ratio` is what is allowed.
-3. *Memory*: bytes of the body's weights, of both minds' weights kept beside it, of the difference, and of tensors alive
+3. *Memory*: bytes of the body's weights, of both minds' weights kept beside it, of the difference (as a GPU holds it; the
+   CPU forms it leaf by leaf and the process' peak has it not), and of tensors alive
    at once during a node (`patching.counted`), with and without gradient checkpointing; of the latter, what autograd keeps
    for the backward pass (`saved`, unique storages that are no weights).  And the process' own peak, which has Python and
    the libraries in it.
@@ -170,7 +171,7 @@ def measure(size: Size, nodes: int, rounds: int, seed: int) -> dict[str, Any]:
         found: list[Any] = []
 
         def ledger() -> None:
-            context.minds.memo.pop("difference", None)  # the difference is formed anew: it is part of the cost
+            context.minds.memo.clear()  # the difference is formed anew: it is part of the cost
             found[:] = [integrate(context, chosen, nodes=nodes, max_nodes=nodes)]
 
         with resident_peak() as resident:

@@ -63,8 +63,10 @@ class MemoryPlan:
 class Minds:
     """Named minds over one body.  Made by `Minds.load`.
 
-    `names` are the minds that were loaded; those that `derive` made since are `derived`.  `memo` is for what is computed from minds and kept by their names (differences, alignments): `discard` empties it,
-    since from then on a name may stand for other weights (`discarded` counts, for keys of what is kept elsewhere).
+    `names` are the minds that were loaded; those that `derive` made since are `derived`.  `memo` is for what is computed
+    from minds: its keys are tuples that hold their names.  `discard` drops what was kept of the mind and of the one that
+    it was made from, since from then on its name may stand for other weights (`discarded` counts, for keys of what is
+    kept elsewhere).
     """
 
     def __init__(self, body: Body, params: Mapping[str, Tensor], store: Store, loaded: Mapping[str, Any]) -> None:
@@ -78,7 +80,7 @@ class Minds:
         self._store = store
         self._hashes: dict[str, str] = {}
         self._derived: dict[str, str] = {}  # by derived mind, the mind it was made from
-        self.memo: dict[Any, Any] = {}
+        self.memo: dict[tuple[str, ...], Any] = {}
         self.discarded = 0  # how many minds were
         self._budget = 0
         self._inside = mind(self.names[0])
@@ -302,7 +304,7 @@ class Minds:
         self._derived[name] = of
 
     def discard(self, name: str) -> None:
-        """Forget a mind that `derive` made, and all of `memo`; the name may be given again.
+        """Forget a mind that `derive` made, and what `memo` has of it; the name may be given again.
 
         Raises:
             UserError: it was loaded, another mind was derived from it, or its weights are in.
@@ -312,8 +314,9 @@ class Minds:
         if name in self._derived.values() or name in self._inside.minds():
             raise UserError(f"name: {name!r} is in use; discard what was derived from it and leave `at` first.")
         self._store.discard(name)
-        del self._derived[name], self.sources[name], self._tokenizers[name]
-        self.memo.clear()
+        gone = {name, self._derived.pop(name)}
+        del self.sources[name], self._tokenizers[name]
+        self.memo = {key: kept for key, kept in self.memo.items() if gone.isdisjoint(key)}
         self.discarded += 1
 
     def _enter(self, handle: Handle) -> None:

@@ -47,14 +47,11 @@ def aligned(context: Context, from_mind: str, to_mind: str, *, align: bool = Tru
     if not align:
         return Alignment(to_mind, (), float("nan"), float("nan"), (NOT_ASKED,))
     key = "alignment", from_mind, to_mind
-    memo = context.minds.memo
-    if key not in memo:
-        before = dict(memo)
-        found = align_gauges(context.minds, from_mind, to_mind)
-        # An alignment that is refused discards its own mind, and all of the memo with it; what other minds' names
-        # stood for still holds, and making their alignments again would find their names taken.
-        memo.update({**before, key: found})
-    kept: Alignment = memo[key]
+    minds = context.minds
+    if key not in minds.memo:
+        found = align_gauges(minds, from_mind, to_mind)  # one that is refused discards a mind, and so changes the memo
+        minds.memo[key] = found
+    kept: Alignment = minds.memo[key]
     return kept
 
 

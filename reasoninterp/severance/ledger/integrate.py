@@ -149,17 +149,18 @@ def difference_of(context: Context, base: str, tuned: str) -> Mapping[str, Tenso
     """`θ_tuned − θ_base` by parameter name, float32, on the body's device.
 
     On the CPU each tensor is formed when it is asked for; elsewhere, where that would move the model once a batch, all
-    are formed once, and the last pair's are kept until a mind is discarded.
+    are formed once, and the last pair's are kept.
     """
     minds = context.minds
     if minds.body.device.type in FORMED_ANEW:
         return minds.difference(base, tuned)
-    kept: tuple[tuple[str, str], dict[str, Tensor]] | None = minds.memo.get("difference")
-    if kept is None or kept[0] != (base, tuned):
-        minds.memo.pop("difference", None)  # minds may be many; their differences are as large as the model
-        kept = (base, tuned), {k: d.to(minds.body.device) for k, d in minds.delta(base, tuned)}
-        minds.memo["difference"] = kept
-    return kept[1]
+    key = "difference", base, tuned
+    if key not in minds.memo:
+        for other in [k for k in minds.memo if k[0] == "difference"]:
+            del minds.memo[other]  # minds may be many; their differences are as large as the model
+        minds.memo[key] = {k: d.to(minds.body.device) for k, d in minds.delta(base, tuned)}
+    kept: dict[str, Tensor] = minds.memo[key]
+    return kept
 
 
 def difference_along(context: Context, node: Handle) -> Mapping[str, Tensor]:

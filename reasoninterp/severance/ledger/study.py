@@ -33,9 +33,9 @@ from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import blend
 from reasoninterp.severance.gauge.aligned import Asked, each_mind, group_of
 from reasoninterp.severance.ledger import readouts
-from reasoninterp.severance.ledger.integrate import by_atoms, difference_along, difference_of, entries
+from reasoninterp.severance.ledger.integrate import by_atoms, difference_along, difference_of
 from reasoninterp.severance.ledger.pair import Pair, pair_of
-from reasoninterp.severance.ledger.products import LedgerUnit, atoms, leaf_products, ledger_units, membership
+from reasoninterp.severance.ledger.products import atoms, ledger_units, membership
 from reasoninterp.severance.ledger.quadrature import Means, check, enough, nodes
 from reasoninterp.severance.ledger.tables import (
     LEDGER_COLUMNS,
@@ -44,23 +44,9 @@ from reasoninterp.severance.ledger.tables import (
     total_row,
     trace_table,
     unit_table,
-    weight_changes,
 )
 from reasoninterp.study import Batch, Cell, Row, Study
 from reasoninterp.traces.contrast import Contrast
-
-__all__ = [
-    "LEDGER_COLUMNS",
-    "Ledger",
-    "LedgerUnit",
-    "NodeStudy",
-    "difference_of",
-    "entries",
-    "leaf_products",
-    "ledger_units",
-    "nodes",
-    "weight_changes",
-]
 
 Evaluate = Callable[..., list[list[Row]]]
 
