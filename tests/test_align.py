@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from reasoninterp.errors import UserError
@@ -144,6 +145,49 @@ def test_only_the_piece_that_was_disguised_is_changed(loaded: dict[str, Minds]) 
     assert [n.split(":")[0] for n in result.notes[:-1]] == ["L1.G0.OV", "L1.G1.OV"]
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "gpt2"])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_heads_and_gains_come_back_under_much_noise_in_what_reads_them(
+    family: str, strength: float, loaded: dict[str, Minds]
+) -> None:
+    """One attention block is drowned in noise as large as its weights: no step explains 30 % of that."""
+    minds = loaded[family]
+    rng = np.random.default_rng(6)
+    weights = minds.weights("tuned")
+    layer = read_layer(weights, shape_of(weights, minds.config), 1)
+    for role in ("q", "k", "v", "o"):
+        layer.at[role] += layer.at[role].std() * rng.normal(size=layer.at[role].shape)
+    noisy = {**weights, **write_layer(layer, weights)}
+    found = random_gauge(noisy, minds.config, rng=12, strength=strength)
+    name = f"drowned-{strength}"
+    minds.derive(name, "tuned", found.params)
+    result = align(minds, "base", name)
+    assert result.heads == found.heads != ((0, 1, 2, 3),) * 2
+    shape = shape_of(weights, minds.config)
+    base, back = (read_layer(minds.weights(m), shape, 1).at["ln1"] for m in ("base", result.mind))
+    before = read_layer(found.params, shape, 1).at["ln1"]
+    assert np.linalg.norm(back - base) < 0.1 * np.linalg.norm(before - base)
+    assert any(n.startswith("L1.ln1: the scale of its gain explained") for n in result.notes)
+    logits, expected = plain(family, minds.weights(result.mind)), plain(family, noisy)
+    assert (logits - expected).abs().max() < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("drowned", [False, True])
+def test_a_gain_that_was_tuned_by_itself_stays(drowned: bool, loaded: dict[str, Minds]) -> None:
+    minds = loaded["llama"]
+    rng = np.random.default_rng(3)
+    weights = minds.weights("tuned")
+    layer = read_layer(weights, shape_of(weights, minds.config), 0)
+    layer.at["ln1"] *= np.exp(0.3 * rng.normal(size=layer.at["ln1"].shape))
+    if drowned:
+        for role in ("q", "k", "v"):
+            layer.at[role] += layer.at[role].std() * rng.normal(size=layer.at[role].shape)
+    name = f"gain-{drowned}"
+    minds.derive(name, "tuned", write_layer(layer, weights))
+    result = align(minds, "base", name)
+    assert result.mind == name and not any("gain" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_ledger_is_misled_by_a_gauge_and_not_after_alignment(family: str, tmp_path: Path) -> None:
     base = tiny.save_tiny(tmp_path / "base", family, n_layers=2)
@@ -245,6 +289,42 @@ def test_scales_are_the_least_on_a_grid() -> None:
     grid = np.exp(np.linspace(-6, 6, 20_001))[:, None]
     assert (value(s) <= value(grid).min(0) + 1e-6).all() and s.std() > 0.01
     assert (bases.nearest_scales(np.zeros(2), b[:2], c[:2], d[:2]) == 1).all()
+
+
+def test_gains_and_rows_each_decide_where_the_other_was_changed() -> None:
+    rng = np.random.default_rng(4)
+    gains, rows, s = np.exp(0.1 * rng.normal(size=(1, 40))), rng.normal(size=(30, 40)), np.exp(rng.normal(size=40))
+
+    def found(tuned_gains: np.ndarray, tuned_rows: np.ndarray) -> np.ndarray:
+        return bases.nearest_gain(tuned_gains / s, tuned_rows * s, gains, rows) / s
+
+    np.testing.assert_allclose(found(gains, rows), 1, rtol=1e-9)
+    cut = rows.copy()
+    cut[:5] = 0  # some rows only: the gains are exact
+    np.testing.assert_allclose(found(gains, cut), 1, rtol=1e-9)
+    drowned = rows + 3 * rng.normal(size=rows.shape)
+    np.testing.assert_allclose(found(gains, drowned), 1, rtol=0.05)
+    tuned = gains * np.exp(0.2 * rng.normal(size=gains.shape))  # the gains too, by themselves: the rows decide
+    np.testing.assert_allclose(found(tuned, rows + 0.01 * rng.normal(size=rows.shape)), 1, rtol=0.02)
+    np.testing.assert_allclose(bases.gain_ratio(-gains, gains), 1)  # no scale above 0 brings a sign back
+
+
+def test_evidence_is_the_logarithm_of_the_ratio_of_two_normal_likelihoods() -> None:
+    """By SciPy's densities, each at the spread that makes its own rows likeliest."""
+    rng = np.random.default_rng(5)
+    gains, rows, s = np.exp(0.1 * rng.normal(size=(1, 12))), rng.normal(size=(9, 12)), np.exp(0.3 * rng.normal(size=12))
+    tuned = {
+        "gauge": (gains * s, (rows + 0.8 * rng.normal(size=rows.shape)) / s),
+        "alone": (gains * s, rows + 0.8 * rng.normal(size=rows.shape)),
+    }
+    for what, (new_gains, new_rows) in tuned.items():
+        scaled = new_rows * s
+        along = scipy.stats.norm.logpdf(scaled, rows, np.sqrt(((scaled - rows) ** 2).mean())) + np.log(s)
+        alone = scipy.stats.norm.logpdf(new_rows, rows, np.sqrt(((new_rows - rows) ** 2).mean()))
+        found = bases.gain_evidence(new_gains, new_rows, gains, rows)
+        assert found == pytest.approx((along.sum() - alone.sum()) / len(rows))
+        assert (found > 0.2) == (what == "gauge") and abs(found) > 0.2
+    assert bases.gain_evidence(gains, rows + 1, gains, rows) == 0  # gains that did not move say nothing
 
 
 def test_bases_bring_back_what_a_basis_changed() -> None:

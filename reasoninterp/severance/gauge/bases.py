@@ -23,7 +23,6 @@ from scipy.optimize import linear_sum_assignment
 from reasoninterp.models.layout import Array
 
 TINY = 1e-300
-MAX_REWEIGHTINGS = 50
 MAX_CONDITION = 1e4  # of a change of basis: beyond it, float32 weights lose the function to rounding
 
 
@@ -68,32 +67,59 @@ def nearest_scales(square: Array, linear: Array, inverse: Array, inverse_square:
 
 
 def nearest_gain(gains: Array, rows: Array, to_gains: Array, to_rows: Array) -> Array:
-    """s [d_model] for which `s gains` and `rows / s` are nearest to the base's, row by row.
+    """s [d_model] for which `s gains` and `rows / s` are nearest to the base's, feature by feature.
 
-    The sum of the rows' distances is minimised by least squares, reweighted by one over the distances.
+    Gains and rows each tell s by least squares.  Their logs are averaged by the inverse of their variances: of the
+    rows' that of a slope; of the gains' what rows and gains differ by beyond it, which is one number for all features.
+    So where much was done to all rows the gains decide, and where the gains were tuned too the rows do.  Where tuning
+    changed some rows only, the gains alone, as the other candidate, are exact.
 
     Args:
         gains, rows: the tuned mind's gain (and bias) [1 or 2, d_model] and what reads it [n, d_model].
         to_gains, to_rows: the base's.
     """
-    s = np.ones(gains.shape[1])
-    weights = np.ones(len(gains)), np.ones(len(rows))
-    floor = 1e-9 * np.sqrt((squared(to_gains) + squared(to_rows)) / (len(gains) + len(rows)))
-    for _ in range(MAX_REWEIGHTINGS):
-        g, r = weights[0][:, None], weights[1][:, None]
-        new = nearest_scales(
-            (g * gains * gains).sum(0),
-            (g * gains * to_gains).sum(0),
-            (r * rows * to_rows).sum(0),
-            (r * rows * rows).sum(0),
-        )
-        settled = np.allclose(new, s, rtol=1e-9, atol=0)
-        s = new
-        if settled:
-            break
-        distances = np.linalg.norm(gains * s - to_gains, axis=1), np.linalg.norm(rows / s - to_rows, axis=1)
-        weights = 1 / np.maximum(distances[0], floor), 1 / np.maximum(distances[1], floor)
-    return s
+    by_gains = gain_ratio(gains, to_gains)
+    size, by_rows = (to_rows * to_rows).sum(0), (rows * to_rows).sum(0)
+    usable = ((gains * to_gains).sum(0) > 0) & (by_rows > 0)
+    if not usable.any():
+        return by_gains
+    by_rows = np.divide(by_rows, size, out=np.ones_like(size), where=usable)
+    left = ((rows - by_rows * to_rows) ** 2).sum(0) / max(len(rows) - 1, 1)
+    doubt = np.divide(left, by_rows**2 * size, out=np.zeros_like(size), where=usable)
+    x, y = np.log(by_gains), np.log(by_rows)
+    spread = max(0.0, float(((x - y) ** 2 - doubt)[usable].mean()))
+    trust = np.divide(doubt, doubt + spread, out=np.ones_like(doubt), where=doubt + spread > 0)
+    both = np.exp(np.where(usable, trust * x + (1 - trust) * y, x))
+
+    def distance(s: Array) -> float:
+        return float(sum(np.linalg.norm(d, axis=1).sum() for d in (gains * s - to_gains, rows / s - to_rows)))
+
+    return np.asarray(min((by_gains, both), key=distance))
+
+
+def gain_ratio(gains: Array, to_gains: Array) -> Array:
+    """s [d_model] for which `s gains` is nearest to the base's; 1 where their product is not above 0."""
+    linear, square = (gains * to_gains).sum(0), (gains * gains).sum(0)
+    return np.divide(linear, square, out=np.ones_like(square), where=(linear > 0) & (square > 0))
+
+
+def gain_evidence(gains: Array, rows: Array, to_gains: Array, to_rows: Array) -> float:
+    """Log likelihood of what became of the rows if the gains moved by a change of gauge, less that if by themselves.
+
+    With s what the gains tell: rows = s (to_rows + noise), or rows = to_rows + noise, the noise being normal, alike in
+    all features, of unknown size.  What else was done to the rows before a change of gauge was scaled along with them,
+    so that even rows in which little of the base's is left tell the two apart.
+
+    Args:
+        gains, rows, to_gains, to_rows: as for `nearest_gain`.
+
+    Returns:
+        Nats per row; 0 where the gains did not move.
+    """
+    s = gain_ratio(gains, to_gains)
+    floor = TINY + 1e-14 * squared(to_rows)
+    alone, along = (max(squared(x), floor) for x in (rows - to_rows, rows / s - to_rows))
+    return float(len(s) / 2 * np.log(alone / along) - np.log(s).sum())
 
 
 def nearest_neuron_scales(up: Array, down: Array, to_up: Array, to_down: Array) -> Array:
