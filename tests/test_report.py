@@ -506,6 +506,37 @@ def test_command_gives_back_the_call(tmp_path: Path) -> None:
     )
 
 
+def test_a_location_has_its_section_and_gives_a_run_of_its_own_the_word(
+    runs: dict[str, Run], tmp_path: Path, unsaved: None
+) -> None:
+    """Beside a comparison the verdict stays the comparison's; alone the location's word heads the page."""
+    units = ["L0.attn", "L1.mlp", "embed"]
+    ranking = pd.DataFrame({"unit": units, "in_restoring": [True, False, False], "in_cutting": [True] * 2 + [False]})
+    for name, values in (("ledger", [-5.5, -4.25, 0.5]), ("restore", [0.16, 0.14, 0.0]), ("cut", [0.49, 0.13, 0.0])):
+        for end, shift in (("", 0.0), ("_ci_low", -0.1), ("_ci_high", 0.1)):
+            ranking[f"{name}{end}"] = np.array(values) + shift
+    ranking["n"] = 32
+    claim = {"claim": "share of the lost E returned by L0.attn", "value": 1.02, "ci_low": 0.9, "ci_high": 1.13, "n": 32}
+    location = {"verdict": "weakened", "confidence": 0.876, "confidence_basis": "a benchmark"}
+    alone = Run.open(tmp_path / "alone", {"traces": "x"})
+    beside = Run.open(tmp_path / "beside", {"traces": "x"})
+    beside.record(verdict=runs["severed"].manifest["verdict"])
+    for run in (alone, beside):
+        run.save_table("location", pd.DataFrame([location]))
+        run.save_table("ranking", ranking)
+        run.save_table("evidence", pd.DataFrame([{**claim, "would_reverse": "a share under the threshold"}]))
+        run.record(location={"sentences": ["Weakened: a < b.", "L0.attn returns most."]})
+    pages = {run.path.name: render(run).read_text() for run in (alone, beside)}
+    for page in pages.values():
+        section = page[page.index('id="located"') : page.index('id="example"')]
+        assert "Confidence in the set 0.88 (a benchmark)" in section and "<li>Weakened: a &lt; b.</li>" in section
+        assert "102.0 %" in section and "[90.0, 113.0]" in section and "a share under the threshold" in section
+        assert "figures/location.svg" in section and "−4.25" in section.replace("-", "−")
+    head = {name: page[page.index('<header id="verdict"') : page.index("</header>")] for name, page in pages.items()}
+    assert "weakened" in head["alone"] and "tone-warn" in head["alone"] and "Weakened: a &lt; b." in head["alone"]
+    assert "severed" in head["beside"] and "weakened" not in head["beside"]
+
+
 def test_report_needs_no_torch_and_figures_no_matplotlib_to_import() -> None:
     code = (
         "import sys, reasoninterp.figures, reasoninterp.report; "

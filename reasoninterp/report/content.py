@@ -370,9 +370,32 @@ def display_name(run: Run) -> str:
 
 
 def evidence_unit(entry: Mapping[str, Any]) -> str:
-    """Evidence is a share unless its claim says nats or its size says that it cannot be one."""
+    """Evidence is in nats or a share where its claim says so; else a share if its size allows it."""
+    claim = str(entry.get("claim", ""))
     sizes = [abs(float(entry[k])) for k in ("value", "ci_low", "ci_high") if entry.get(k) is not None]
-    return "nats" if "nats" in str(entry.get("claim", "")) else "%" if all(s <= 1 for s in sizes) else ""
+    return "nats" if "nats" in claim else "%" if claim.startswith("share ") or all(s <= 1 for s in sizes) else ""
+
+
+def evidence_lines(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Claims with their number as printed."""
+    return [{**e, "unit": (u := evidence_unit(e)), "cell": cell(e, unit=u)} for e in entries]
+
+
+def located(run: Run, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
+    """What `locate` found, where this run has it: its word, confidence, sentences and evidence."""
+    if "location" not in tables:
+        return None
+    row = tables["location"].iloc[0]
+    said = run.manifest.get("location") or {}
+    known = pd.notna(row["confidence"])
+    return {
+        "word": str(row["verdict"]),
+        "tone": words.TONES.get(str(row["verdict"]), "none"),
+        "confidence": f"{row['confidence']:.2f}" if known else "",
+        "basis": str(row["confidence_basis"]),
+        "sentences": [str(s) for s in said.get("sentences") or []],
+        "evidence": evidence_lines(tables["evidence"].to_dict("records")) if "evidence" in tables else [],
+    }
 
 
 def sibling_row(run: Run, href: str) -> dict[str, Any]:

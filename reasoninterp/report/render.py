@@ -138,6 +138,17 @@ def _draw(run: Run, tables: Mapping[str, pd.DataFrame], siblings: Sequence[Run])
                 lambda t=table, d=direction, m=make: m(tables[t], d),  # type: ignore[misc]
             )
     _draw_weights(tables, add)
+    if "location" in tables and "ranking" in tables:
+        from reasoninterp.severance.location.figure import draw
+
+        add(
+            "location",
+            "ranking",
+            "Units by ledger and grafts, the located ones in bold",
+            "The most suspected first. Left: what the ledger gives each Unit of the change of E. Right: what the Unit alone "
+            "returns or takes away.",
+            lambda: draw(tables["ranking"], verdict=str(tables["location"].iloc[0]["verdict"])),
+        )
     return out
 
 
@@ -240,12 +251,11 @@ def _page(
 ) -> dict[str, Any]:
     """Everything that the template prints."""
     manifest = run.manifest
+    located = content.located(run, tables)
     verdict = manifest.get("verdict") or {}
+    if not verdict and located:  # a run of `locate` alone
+        verdict = {"word": located["word"], "sentences": located["sentences"][:1]}
     word = str(verdict.get("word") or "no verdict")
-    evidence = [
-        {**e, "unit": (u := content.evidence_unit(e)), "cell": content.cell(e, unit=u)}
-        for e in verdict.get("evidence") or []
-    ]
     behaviour, grafts = tables.get("behaviour"), tables.get("grafts")
     gate = tables.get("gate")
     total = tables["ledger_total"].iloc[0].to_dict() if "ledger_total" in tables else None
@@ -254,6 +264,8 @@ def _page(
         rows["behaviour"] = behaviour
     if "ledger" in tables:
         rows["ledger"] = weight_plots.blocks(tables["ledger"])
+    if "ranking" in tables:
+        rows["ranking"] = tables["ranking"]
     if grafts is not None:
         rows["grafts"] = weight_plots.graft_rows(
             grafts, list(rows["ledger"]["unit"]) if "ledger" in rows else None, top=len(grafts)
@@ -267,7 +279,8 @@ def _page(
         "tone": words.TONES.get(word, "none"),
         "sentences": [str(s) for s in verdict.get("sentences") or []],
         "caveats": [str(c) for c in verdict.get("caveats") or []],
-        "evidence": evidence,
+        "evidence": content.evidence_lines(verdict.get("evidence") or []),
+        "located": located,
         "tiles": content.tiles(tables, minds),
         "groups": content.behaviour_groups(behaviour, tables.get("effect"), minds, tables.get("differences")),
         "squares": content.crossed(behaviour, minds),

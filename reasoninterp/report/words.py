@@ -9,6 +9,8 @@ TONES = {
     "no damage found": "good",
     "undecided": "odd",
     "not interpretable here": "none",
+    "intact": "good",
+    "not interpretable": "none",
 }
 
 GATE_TONES = {"interpretable": "good", "chain not needed": "warn", "at floor": "none"}
@@ -70,7 +72,7 @@ MISSING = {
     "grafts": "the grafts (blocks of weights exchanged between the minds)",
 }
 # Read where they are there; their absence is not worth a word.
-EXTRA = ("differences", "graft_sets")
+EXTRA = ("differences", "graft_sets", "location", "ranking", "evidence")
 
 LIMITS = (
     (
