@@ -87,7 +87,10 @@ def run_locate(spec: Any, out: str | None, without_rival: str | None, given: dic
             everything=given["everything"],
         )
         if run is not None:
+            from reasoninterp.report import render
+
             save(run, found)
+            render(run)
     return lines_of(found, out)
 
 
@@ -132,6 +135,6 @@ def lines_of(found: Any, out: str | None = None) -> list[str]:
         lines.append(textwrap.shorten(f"  note: {'; '.join(found.notes)}", 400, placeholder=" …"))
     lines.append(
         f"  {cost.forward_passes} forward, {cost.backward_passes} forward and backward passes, {cost.seconds:.1f} s"
-        + (f"; tables and figure in {out}" if out else "")
+        + (f"; tables, figure and report.html in {out}" if out else "")
     )
     return lines[:15]
