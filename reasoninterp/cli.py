@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from reasoninterp import cli_locate, cli_repair
+from reasoninterp import cli_corpus, cli_locate, cli_repair
 from reasoninterp.errors import UserError
 
 PROMPTS = ("raw", "fewshot", "chat")
@@ -411,3 +411,4 @@ def flag(field: Any, hint: Any) -> click.Option:
 
 cli_locate.add_to(cli, reading_options(out=False), make_spec)
 cli_repair.add_to(cli, reading_options(), make_spec)
+cli_corpus.add_to(cli)
