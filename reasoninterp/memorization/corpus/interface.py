@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
@@ -93,6 +93,7 @@ class NextTokens:
     complete: bool = True
 
 
+@runtime_checkable
 class CorpusIndex(Protocol):
     """An index of a corpus; see the module for what each count means.
 
