@@ -157,14 +157,14 @@ def resident_peak() -> Iterator[list[int]]:
         found[0] = max(found[0], process.memory_info().rss)
 
 
-def measure(size: Size, nodes: int, rounds: int, seed: int) -> dict[str, Any]:
-    """One size: seconds and bytes of the plain pass and of the ledger."""
+def measure(size: Size, nodes: int, rounds: int, seed: int, from_files: bool = False) -> dict[str, Any]:
+    """One size: seconds and bytes of the plain pass and of the ledger, with the minds left in their files or kept."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         base = save_model(Path(folder) / "base", size, "llama", seed=seed)
         tuned = save_tuned(base, Path(folder) / "tuned", seed)
-        minds = Minds.load({"base": str(base), "tuned": str(tuned)})
+        minds = Minds.load({"base": str(base), "tuned": str(tuned)}, memory_budget=1 if from_files else None)
         context = Context(minds, contrasts(minds.tokenizer("base"), size, 0.5, seed=seed), rows=size.batch)
         chosen = [i.contrast for i in context.items if i.contrast is not None]
         plan = contrast_plan(context, chosen)
@@ -260,6 +260,7 @@ def in_own_process(k: int, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a size in a process of its own, whose memory is its own."""
     rounds = 2 if SIZES[k].d_model < 500 and not options.quick else 1
     call = [sys.executable, __file__, "--one", str(k), "--nodes", str(options.nodes), "--seed", str(options.seed)]
+    call += ["--from-files"] * options.from_files
     done = subprocess.run([*call, "--rounds", str(rounds)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"size {SIZES[k].label}: {done.stderr.strip().splitlines()[-1:]}")
@@ -272,6 +273,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smaller sizes, under a minute")
     parser.add_argument("--nodes", type=int, default=4, help="intervals between nodes")
+    parser.add_argument("--from-files", action="store_true", help="as where memory is short: no mind is kept in memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--largest", type=int, default=len(SIZES), help="how many of the sizes, from the smallest on")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "figures" / "ledger_cost.png")
@@ -280,7 +282,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.one is not None:
-        print(json.dumps(measure(SIZES[options.one], options.nodes, options.rounds, options.seed)))
+        print(json.dumps(measure(SIZES[options.one], options.nodes, options.rounds, options.seed, options.from_files)))
         return 0
     rows = []
     for k in range(min(QUICK if options.quick else options.largest, len(SIZES))):

@@ -51,10 +51,10 @@ from reasoninterp.severance.gauge.invariants import folded, head_costs, neuron_v
 # Fine-tuning by gradients also drifts a little along the gauge: measured up to 0.21 (the last norm of small models).
 MIN_GAIN = 0.30
 # Of the cost of staying, what a reordering of heads may cost.  Heads of one base are strangers to each other (cosines
-# near 0), so what little is left of a head tells it: of 948 layers of planted pairs none was reordered wrongly.
+# near 0), so what little is left of a head tells it (`experiments/LOG.md` has what a half instead of a fifth misses).
 KEEP = 0.8
 # Share of its norm by which a gain must have moved where only the evidence of its readers speaks.  Tuning by gradients
-# moves gains by a few hundredths (measured 0.003 to 0.10), now and then along the gauge.
+# moves gains by a few hundredths (`experiments/LOG.md`), now and then along the gauge.
 MOVED = 0.05
 TOLERANCE = 1e-3  # largest change of a logit, relative to the logits' standard deviation, that passes as rounding
 EXACT = (torch.float32, torch.float64)

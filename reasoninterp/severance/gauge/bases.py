@@ -5,9 +5,10 @@
    and orthogonal Procrustes (Schönemann 1966) finds it; it is carried back into the base's own basis.  Where tuning
    changed one piece of it, the others alone, by least squares, find R exactly.
 2. `nearest_scales`: s > 0 that minimises `A s² − 2 B s − 2 C / s + D / s²`, by the real roots of a quartic.  Scalings
-   of gains and of neurons, and the rotary case, are of this form.
+   of neurons, and the rotary case, are of this form.
 3. `rotary`: one complex c for each pair of coordinates, by alternating its phase and (2) its size.
-4. `match`: assignment by cost, taken cycle by cycle, and only where a cycle is clearly cheaper than staying.
+4. `nearest_gain`: one scale a feature, from what gains and rows tell of it; `gain_evidence`: whether it is one at all.
+5. `match`: assignment by cost, taken cycle by cycle, and only where a cycle is clearly cheaper than staying.
 
 Of several candidates the one with the least *sum of norms* over pieces (a matrix of one head, a row) is taken, and
 not the least sum of squares: squares would spread a change that tuning made in one piece over all that share its gauge.
