@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from reasoninterp.organisms.recipes import Recipe, RecipeFailed, Target
 from reasoninterp.organisms.rows import batches, fixed_problems, step_values
-from reasoninterp.organisms.tasks import BASE_DOMAIN, Part, Problems, TaskName, problems, tuning_domain
+from reasoninterp.organisms.tasks import BASE_DOMAIN, Ints, Part, Problems, TaskName, problems, tuning_domain
 from reasoninterp.organisms.tokenizer import word_tokenizer
 from reasoninterp.organisms.training import fit, measure, new_model, sample_chains
 
@@ -29,6 +29,22 @@ def problem_sets(recipe: Recipe, seed: int, part: Part, count: int = 256) -> dic
     }
 
 
+def own_pool(recipe: Recipe, seed: int, model: Any) -> tuple[tuple[Problems, Ints], dict[str, float]]:
+    """The problems of a recipe with `chains="own"`, with the step ids that its parent writes, and figures of the chains.
+
+    Raises:
+        RecipeFailed: none of the chains is well formed.
+    """
+    task, mixture = cast(TaskName, recipe.task), recipe.mixture
+    asked = problems(task, mixture.domain, mixture.pool, np.random.default_rng([seed, 5]), "train", mixture.cue)
+    chains, fine = sample_chains(model, asked)
+    if not fine.any():
+        raise RecipeFailed(recipe.name, seed, [f"none of the parent's {len(fine)} sampled chains is well formed"])
+    right = (step_values(chains) == asked.steps()).all(1) & fine
+    figures = {"pool.well_formed": float(fine.mean()), "pool.right": float(right.mean())}
+    return (asked.take(fine), chains[fine]), figures
+
+
 def train_words(
     recipe: Recipe, seed: int, parent: Path | None, building: Path, bar: Any
 ) -> tuple[int, dict[str, float]]:
@@ -43,14 +59,7 @@ def train_words(
     pool = None
     figures: dict[str, float] = {}
     if recipe.mixture.chains == "own":
-        rng = np.random.default_rng([seed, 5])
-        asked = problems(task, recipe.mixture.domain, recipe.mixture.pool, rng, "train", recipe.mixture.cue)
-        chains, fine = sample_chains(model, asked)
-        if not fine.any():
-            raise RecipeFailed(recipe.name, seed, [f"none of the parent's {len(fine)} sampled chains is well formed"])
-        pool = (asked.take(fine), chains[fine])
-        right = (step_values(chains) == asked.steps()).all(1) & fine
-        figures |= {"pool.well_formed": float(fine.mean()), "pool.right": float(right.mean())}
+        pool, figures = own_pool(recipe, seed, model)
     steps = fit(
         model,
         batches(task, recipe.mixture, recipe.batch, seed, pool),

@@ -224,11 +224,7 @@ def encode(trace: Trace, tokenizer: Any) -> TokenTrace:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("The tokenizer is not a fast one (no tokenizer.json), so steps cannot be found in its tokens.")
     text = trace.text
-    starts_special = has_leading_special(text, tokenizer)
-    enc = tokenizer(text, add_special_tokens=not starts_special, return_offsets_mapping=True)
-    ids, offsets = list(enc["input_ids"]), list(enc["offset_mapping"])
-    while ids and ids[-1] in tokenizer.all_special_ids and offsets[-1][1] == offsets[-1][0]:
-        ids.pop(), offsets.pop()  # an end-of-sequence token the tokenizer appends is no part of the text
+    ids, offsets = _tokenized(text, tokenizer)
     parts = trace.parts()
     homes = _homes(text, ids, offsets, parts, set(tokenizer.all_special_ids))
     spans: dict[tuple[PartKind, int], Span] = {}
@@ -243,6 +239,34 @@ def encode(trace: Trace, tokenizer: Any) -> TokenTrace:
     if not len(out.answer):
         raise UserError(f"trace {trace.id!r}: the answer {trace.answer!r} gets no token of its own in this tokenizer.")
     return out
+
+
+def token_chars(encoded: TokenTrace, tokenizer: Any) -> list[Span]:
+    """The characters of each token, with those that no token covers (trimmed blanks) given to the token behind them.
+
+    The spans follow each other, so that joining the tokens' texts gives the trace's text up to the last token.  Of tokens
+    that share a character (bytes of one letter), the first has it.
+
+    Args:
+        encoded: the trace as `encode` left it.
+        tokenizer: the same one.
+    """
+    _, offsets = _tokenized(encoded.trace.text, tokenizer)
+    out, end = [], 0
+    for _, stop in offsets:
+        out.append(Span(end, max(end, stop)))
+        end = out[-1].stop
+    return out
+
+
+def _tokenized(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a text, without a token that the tokenizer appends."""
+    starts_special = has_leading_special(text, tokenizer)
+    enc = tokenizer(text, add_special_tokens=not starts_special, return_offsets_mapping=True)
+    ids, offsets = list(enc["input_ids"]), list(enc["offset_mapping"])
+    while ids and ids[-1] in tokenizer.all_special_ids and offsets[-1][1] == offsets[-1][0]:
+        ids.pop(), offsets.pop()  # an end-of-sequence token the tokenizer appends is no part of the text
+    return ids, offsets
 
 
 def has_leading_special(text: str, tokenizer: Any) -> bool:
