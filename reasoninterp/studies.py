@@ -36,6 +36,7 @@ HOMES = {
     "smallest-sets": "reasoninterp.severance.grafts.smallest_study",
     "cross-patch": "reasoninterp.severance.grafts.crossing",
     "repair": "reasoninterp.severance.grafts.repair_study",
+    "memorization": "reasoninterp.memorization.study",
 }
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from reasoninterp.errors import UserError
 from reasoninterp.memorization.alternatives import Place, chain_places, parts_before, pick, read_alternatives
+from reasoninterp.memorization.names import SOURCES
 from reasoninterp.memorization.saliency import gradient_saliency, knockout_saliency
 from reasoninterp.memorization.salient import ranked_ids
 from reasoninterp.memorization.settings import Settings
 from reasoninterp.memorization.shapley import shapley_saliency
-from reasoninterp.memorization.sources import SOURCES, Target
+from reasoninterp.memorization.sources import Target
 from reasoninterp.memorization.verdicts import trace_sources
 from reasoninterp.models.body import Body, site
 from reasoninterp.models.minds import Minds

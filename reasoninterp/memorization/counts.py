@@ -39,6 +39,11 @@ class CountBook:
         self._following: dict[Tokens, dict[int, Count]] = {}
         self._together: dict[int, dict[int, Count]] = {}
 
+    @property
+    def corpus(self) -> str:
+        """Identity of the corpus that is counted."""
+        return self._index.info.corpus
+
     def suffixes(self, contexts: Sequence[Tokens], target: int) -> list[Tokens | UserError]:
         """The longest end of each context that the target follows often enough in the corpus; empty where none is."""
         found: list[Tokens | UserError] = []

@@ -41,8 +41,9 @@ from jaxtyping import Bool, Float64
 
 from reasoninterp.errors import UserError
 from reasoninterp.memorization.counts import CountBook, Tokens, matrix
+from reasoninterp.memorization.names import Source
 from reasoninterp.memorization.rank import partial_correlations
-from reasoninterp.memorization.sources import Observed, Source, SourceScore, mean_counts
+from reasoninterp.memorization.sources import Observed, SourceScore, mean_counts
 from reasoninterp.stats import derive_seed
 
 SLACK = 1e-9  # correlations that differ by rounding alone are a tie
@@ -73,15 +74,18 @@ class Null:
         n = same = at = 0
         while n < n_null and at < len(others):
             more = max(_CHUNK, n_null - n)
-            tokens, drawn = self._draw(others[at : at + more], observed, source)
-            defined = np.flatnonzero(~np.isnan(drawn))[: n_null - n]
-            found.append(drawn[defined])
+            tokens, statistics = self._draw(others[at : at + more], observed, source)
+            defined = np.flatnonzero(~np.isnan(statistics))[: n_null - n]
+            found.append(statistics[defined])
             same += sum(tokens[i] == score.tokens for i in defined)
             n, at = n + len(defined), at + more
         if not n:
             return replace(score, reason=NO_NULL)
-        reached = int((np.concatenate(found) >= score.partial - SLACK).sum())
-        return replace(score, p=(1 + reached) / (1 + n), n_null=n, n_same=same)
+        drawn = np.concatenate(found)
+        reached = int((drawn >= score.partial - SLACK).sum())
+        counted = drawn[np.isfinite(drawn)]
+        mean = float(counted.mean()) if len(counted) else None
+        return replace(score, p=(1 + reached) / (1 + n), n_null=n, null_mean=mean, n_same=same)
 
     def _draw(
         self, others: Sequence[Observed], observed: Observed, source: Source

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float64
@@ -32,12 +31,10 @@ from jaxtyping import Float64
 from reasoninterp.errors import UserError
 from reasoninterp.memorization.alternatives import Alternatives
 from reasoninterp.memorization.counts import CountBook, matrix, notes
+from reasoninterp.memorization.names import SOURCES, Source
 from reasoninterp.memorization.rank import MIN_ALTERNATIVES, partial_correlations
 from reasoninterp.memorization.salient import ranked_ids
 from reasoninterp.traces.trace import Span
-
-Source = Literal["local", "mid", "long"]
-SOURCES: tuple[Source, ...] = get_args(Source)
 
 NO_SUFFIX = "the target follows no end of its context in the corpus"
 NO_SALIENT = "no salient token there"
@@ -93,6 +90,7 @@ class SourceScore:
         note: why counts are not exact; "" where they are.
         p: one-sided p-value of `partial` (see `nulls`).
         n_null: null contexts behind it.
+        null_mean: mean of `partial` over them: what the selection of w and of the target alone makes of it.
         n_same: those among them with the very same tokens; p cannot be below `(1 + n_same) / (1 + n_null)`.
         q: p corrected for the number of tokens tested (Benjamini and Hochberg).
     """
@@ -106,6 +104,7 @@ class SourceScore:
     note: str = ""
     p: float | None = None
     n_null: int = 0
+    null_mean: float | None = None
     n_same: int = 0
     q: float | None = None
 

@@ -13,17 +13,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from reasoninterp.memorization.counts import CountBook
+from reasoninterp.memorization.names import SOURCES, Source
 from reasoninterp.memorization.nulls import SLACK, Null
 from reasoninterp.memorization.rank import adjusted_share, partial_correlations
 from reasoninterp.memorization.settings import Settings
-from reasoninterp.memorization.sources import SOURCES, Observed, Source, SourceScore, Target, observe
+from reasoninterp.memorization.sources import Observed, SourceScore, Target, observe
 from reasoninterp.stats import corrected
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class TokenSources:
         target: the token.
         scores: by source.
         joint: the sources together.
+        present: the sources that are present.
         dominant: the dominant source; several where they tie, none where no source is present.
         stim: STIM's choice, or None where no score is defined.
     """
@@ -72,6 +74,7 @@ class TokenSources:
     target: Target
     scores: Mapping[Source, SourceScore]
     joint: Joint
+    present: tuple[Source, ...]
     dominant: tuple[Source, ...]
     stim: Source | None
 
@@ -85,9 +88,10 @@ class TokenSources:
             "n_alternatives": len(self.target.alternatives.ids),
         }
         for source, s in self.scores.items():
-            for name in ("score", "partial", "p", "q", "n_null", "n_same", "n_distinct", "reason", "note"):
+            for name in ("score", "partial", "p", "q", "n_null", "null_mean", "n_same", "n_distinct", "reason", "note"):
                 row[f"{source}_{name}"] = getattr(s, name)
             row[f"{source}_n_tokens"] = len(s.tokens)
+            row[f"{source}_present"] = source in self.present
             row[f"{source}_unique"] = (self.joint.unique or {}).get(source)
             row[f"{source}_partial_given_others"] = (self.joint.partial or {}).get(source)
         row |= {
@@ -114,30 +118,53 @@ def trace_sources(
             tested were picked (tokens of wrong steps, say): a pool of the same picking is what makes p valid.
         settings: conventions; the defaults if None.
     """
-    settings = settings or Settings()
-    book = CountBook(index, settings)
+    book = CountBook(index, settings or Settings())
     observed = observe(book, targets)
-    null = Null(book, observed if pool is None else observe(book, pool))
-    tested = [{s: null.test(o, s) for s in SOURCES} for o in observed]
+    return judged(book, observed, observed if pool is None else observe(book, pool))
+
+
+def judged(
+    book: CountBook,
+    observed: Sequence[Observed],
+    pool: Sequence[Observed],
+    progress: Callable[[Sequence[Observed]], Iterable[Observed]] = iter,
+) -> list[TokenSources]:
+    """Test and judge what was observed, in order; steps 1 (the null) to 5.
+
+    Args:
+        book: the counts.
+        observed: one family for the correction.
+        pool: where null contexts come from.
+        progress: wraps the observed as they are tested.
+    """
+    null = Null(book, pool)
+    tested = [{s: null.test(o, s) for s in SOURCES} for o in progress(observed)]
     for source in SOURCES:
         p = np.array([scores[source].p for scores in tested], dtype=float)  # None becomes NaN: not tested
         for scores, q in zip(tested, corrected(p).tolist(), strict=True):
             scores[source] = replace(scores[source], q=None if np.isnan(q) else q)
-    return [
-        TokenSources(o.target, scores, joint_share(o), dominant(scores, settings), stim(scores))
-        for o, scores in zip(observed, tested, strict=True)
-    ]
+    out = []
+    for o, scores in zip(observed, tested, strict=True):
+        there, most = present(scores, book.settings), dominant(scores, book.settings)
+        out.append(TokenSources(o.target, scores, joint_share(o), there, most, stim(scores)))
+    return out
+
+
+def present(scores: Mapping[Source, SourceScore], settings: Settings) -> tuple[Source, ...]:
+    """The sources whose q (or p, if they are not to be corrected) is at most the level."""
+
+    def small(score: SourceScore) -> bool:
+        p = score.q if settings.correct else score.p
+        return p is not None and p <= settings.level
+
+    return tuple(s for s in SOURCES if s in scores and small(scores[s]))
 
 
 def dominant(scores: Mapping[Source, SourceScore], settings: Settings) -> tuple[Source, ...]:
     """The sources with the largest `partial` among those that are present."""
-    present: dict[Source, float] = {}
-    for source, x in scores.items():
-        p = x.q if settings.correct else x.p
-        if x.partial is not None and p is not None and p <= settings.level:
-            present[source] = x.partial
-    most = max(present.values(), default=0.0)
-    return tuple(s for s in SOURCES if s in present and present[s] >= most - SLACK)
+    partials = {s: scores[s].partial for s in present(scores, settings)}
+    most = max((x for x in partials.values() if x is not None), default=0.0)
+    return tuple(s for s, x in partials.items() if x is not None and x >= most - SLACK)
 
 
 def stim(scores: Mapping[Source, SourceScore]) -> Source | None:
