@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from reasoninterp import figures
-from reasoninterp.report import content, plots, weight_plots, words
+from reasoninterp.report import content, plots, tokens, weight_plots, words
 from reasoninterp.runs import Run
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def render(run: Run, siblings: Sequence[Run] = ()) -> Path:
     if target.exists() and f'content="{key}"' in target.read_text(encoding="utf-8")[:2000]:
         return target
     tables = _tables(run)
-    minds = content.minds_of(tables.get("behaviour"), tables.get("effect"), tables.get("gate")) or list(
-        figures.MIND_COLOURS
-    )
+    minds = content.minds_of(tables.get("behaviour"), tables.get("effect"), tables.get("gate"))
+    minds = minds or content.minds_of(tables.get(tokens.TABLE)) or list(figures.MIND_COLOURS)
     drawn = _draw(run, tables, others)
     page = (
         _environment().get_template("template.html.jinja").render(key=key, **_page(run, tables, minds, drawn, others))
@@ -148,6 +147,16 @@ def _draw(run: Run, tables: Mapping[str, pd.DataFrame], siblings: Sequence[Run])
             "The most suspected first. Left: what the ledger gives each Unit of the change of E. Right: what the Unit alone "
             "returns or takes away.",
             lambda: draw(tables["ranking"], verdict=str(tables["location"].iloc[0]["verdict"])),
+        )
+    if "memorization" in tables and tokens.TABLE in tables:
+        from reasoninterp.memorization.drawing import draw_sources
+
+        add(
+            "memorization",
+            "memorization",
+            "Share of tokens of which each source is the dominant one, by mind",
+            f"All traces (n up to {int(tables['memorization']['n'].max()):,}); intervals are 95 % over traces.",
+            lambda: draw_sources(tables["memorization"]),
         )
     return out
 
@@ -252,6 +261,7 @@ def _page(
     """Everything that the template prints."""
     manifest = run.manifest
     located = content.located(run, tables)
+    by_token = tokens.view(tables)
     verdict = manifest.get("verdict") or {}
     if not verdict and located:  # a run of `locate` alone
         verdict = {"word": located["word"], "sentences": located["sentences"][:1]}
@@ -274,13 +284,14 @@ def _page(
         "title": f"{content.name_of(run, 'tuned')} against {content.name_of(run, 'base')}",
         "names": {m: content.name_of(run, m) for m in minds},
         "minds": list(minds),
-        "colours": figures.colours(minds),
+        "colours": figures.colours([*minds, *(by_token["minds"] if by_token else ())]),
         "word": word,
         "tone": words.TONES.get(word, "none"),
         "sentences": [str(s) for s in verdict.get("sentences") or []],
         "caveats": [str(c) for c in verdict.get("caveats") or []],
         "evidence": content.evidence_lines(verdict.get("evidence") or []),
         "located": located,
+        "tokens": by_token,
         "tiles": content.tiles(tables, minds),
         "groups": content.behaviour_groups(behaviour, tables.get("effect"), minds, tables.get("differences")),
         "squares": content.crossed(behaviour, minds),

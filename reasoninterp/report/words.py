@@ -72,7 +72,10 @@ MISSING = {
     "grafts": "the grafts (blocks of weights exchanged between the minds)",
 }
 # Read where they are there; their absence is not worth a word.
-EXTRA = ("differences", "graft_sets", "location", "ranking", "evidence")
+EXTRA = (
+    *("differences", "graft_sets", "location", "ranking", "evidence"),
+    *("memorization", "memorization_tokens", "memorization_questions"),
+)
 
 LIMITS = (
     (
