@@ -11,11 +11,11 @@ from nbclient import NotebookClient
 
 from tests import synthetic_run
 
-# The others show what is known of trained organisms: `test_causal_path`, `test_locate` and `test_repair` run them.
+# The others show what is known of trained organisms; the tests of their experiments run them.
 NOTEBOOKS = sorted(
     p
     for p in (Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb")
-    if p.stem not in ("causal_path", "severance", "repair")
+    if p.stem not in ("causal_path", "severance", "repair", "memorization")
 )
 
 
