@@ -154,9 +154,18 @@ def test_arithmetic_judges_results_alone() -> None:
         "2 + 2 = 5",
         "nothing here",
     )
+    # Floating point, and pieces of formulas, are no errors.
+    steps += (
+        "3-2.4=<<3-2.4=0.6000000000000001>>0.6",
+        "5x - 5 = 33",
+        "(x+7) = 44",
+        "3 * 100% = 50%",
+        "a year = 365 days",
+    )
     trace = Trace("t", "q", steps, "8", FORMAT)
     found = [(trace.text[c.start : c.stop], wrong) for c, wrong in arithmetic(trace)]
-    assert found == [("12", False), ("12", False), ("8", True), ("8", True), ("3.33", False), ("5", True)]
+    right = [("12", False), ("12", False), ("8", True), ("8", True), ("3.33", False), ("5", True)]
+    assert found == [*right, ("0.6000000000000001", False)]
 
 
 def test_a_token_is_wrong_where_any_of_its_characters_is() -> None:
