@@ -1,6 +1,6 @@
 """The embedded corpus index beside the infini-gram package: seconds to build, memory, queries a second, and errors.
 
-    python experiments/benchmarks/corpus.py [--quick] [--largest 60] [--seed 0]
+    python experiments/benchmarks/corpus.py [--quick] [--largest 60] [--seed 0] [--out FIGURE.png]
 
 1. Made texts of 1, 5, 20 and 60 million tokens, and GSM8K's train file where it is there (`corpus_text.py`).  Each is
    measured in a process of its own.
@@ -17,7 +17,8 @@
    must be 0.  infini-gram's counts against ours, and its co-occurrences (STIM's limit) against the judge.
 
 The ratios are queries a second, ours over infini-gram's, the smallest over the sizes (`count_ratio`: and over 1, 3, 5
-tokens).  Without infini-gram its side is null.  The last line printed is one JSON object.
+tokens).  Without infini-gram its side is null.  With `--out` the figure (`corpus_figure.py`).  The last line printed is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import psutil
+from corpus_figure import draw
 from corpus_infini import Infini, installed
 from corpus_text import COUNTS, Corpus, Ids, Judge, Queries, gsm8k, made_text
 
@@ -272,6 +274,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a million tokens and GSM8K, under a minute")
     parser.add_argument("--largest", type=int, default=MILLIONS[-1], help="in millions of tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="the figure to write")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
@@ -307,6 +310,9 @@ def main() -> int:
         "seed": options.seed,
         "unit": "wall seconds, answers a second (best of three rounds), resident bytes above those before",
     }
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        draw(result).savefig(options.out, dpi=144)
     print(json.dumps(result))
     return 0
 
