@@ -156,6 +156,11 @@ def count_found(
         else:
             wanted = _parsed(ids or "")
         found: dict[str, Any] = {"ids": wanted, "count": index.count(wanted).value}
+        if text is not None and loaded is not None and loaded.unk_token_id in wanted:
+            words = f"{wanted.count(loaded.unk_token_id)} of {len(wanted)} tokens"
+            found["note"] = (
+                f"{words} are {loaded.unk_token}: the tokenizer does not know the words, and counts any such."
+            )
         if loaded is not None:
             found["tokens"] = [loaded.decode([one]) for one in wanted]
         if n_next is not None:
@@ -174,6 +179,8 @@ def count_lines(found: dict[str, Any]) -> list[str]:
         f"{'count':>12}  {'ids':<24}  tokens",
         f"{found['count']:>12,}  {' '.join(map(str, found['ids'])):<24}  {said}",
     ]
+    if "note" in found:
+        lines.append(found["note"])
     if "next" in found:
         lines.append(f"followed by a token {found['followed']:,} times:")
         for row in found["next"]:

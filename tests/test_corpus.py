@@ -680,6 +680,19 @@ def test_commands_build_count_and_verify(
     assert "order of" in run(capsys, "verify", built)
 
 
+def test_words_that_the_tokenizer_does_not_know_are_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reasoninterp.organisms import word_tokenizer
+
+    word_tokenizer().save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("3 +4 apples = 7")
+    run(capsys, "build", "--tokenizer", tmp_path / "words", "--out", tmp_path / "i", "--quiet", tmp_path / "text.txt")
+    said = run(capsys, "count", "--index", tmp_path / "i", "--text", "+4 pears")
+    assert "1 of 2 tokens are <unk>" in said and said.splitlines()[1].split()[0] == "1"
+    assert "<unk>" not in run(capsys, "count", "--index", tmp_path / "i", "--text", "3 +4")
+
+
 def test_commands_say_in_one_sentence_what_is_wrong(
     built: Path, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

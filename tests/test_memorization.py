@@ -487,5 +487,13 @@ def test_what_a_user_can_get_wrong(homes: dict[str, str], index: str, tmp_path: 
         list(Memorization(index=str(other)).cells(context))
     with pytest.raises(UserError, match="give an index of their own tokenizer"):
         list(Memorization(index="web:v4_dolma-v1_7_llama").cells(context))
+    for wrong, match in (
+        ({"level": 2.0}, "give a rate between 0 and 1"),
+        ({"window": 5}, "give the unit pairs or anchors"),
+        ({"stop": ("unheard of",)}, "no token that is this word"),
+        ({"n_null": 0}, "n_null: 0; give at least 1"),
+    ):
+        with pytest.raises(UserError, match=match):
+            list(Memorization(index=index, **wrong).cells(context))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no such judge"):
         list(Memorization(index=index, judge="me").cells(context))

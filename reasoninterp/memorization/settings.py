@@ -26,7 +26,7 @@ class Settings:
         seed: of the order in which null contexts are drawn.
 
     Raises:
-        UserError: a number below 1.
+        UserError: a number below 1, a level that is none, or a window beside the unit `documents`, which has none.
     """
 
     n_salient: int = 5
@@ -44,3 +44,7 @@ class Settings:
         for name in ("n_salient", "max_suffix", "min_count", "n_null"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)}; give at least 1.")
+        if not 0 < self.level < 1:
+            raise UserError(f"level: {self.level}; give a rate between 0 and 1.")
+        if self.window is not None and self.unit == "documents":
+            raise UserError(f"window: {self.window}, but documents are counted whole; give the unit pairs or anchors.")

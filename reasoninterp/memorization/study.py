@@ -104,7 +104,7 @@ class Memorization(Study):
 
     def settings(self, context: Context) -> Settings:
         """The conventions of the counts and of the tests."""
-        stop = {i for word in self.stop for text in (word, f" {word}") for i in _ids(text, context.tokenizer)[:1]}
+        stop = {i for word in self.stop for i in _ids(word, context.tokenizer)}
         return Settings(
             n_salient=self.n_salient,
             stop=frozenset(stop),
@@ -267,6 +267,14 @@ class Memorization(Study):
         return draw_all(summary)
 
 
-def _ids(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if len(ids) == 1 else []  # a word in several tokens has none that is the word
+def _ids(word: str, tokenizer: Any) -> set[int]:
+    """The tokens that are a word, with a blank before it and without.
+
+    Raises:
+        UserError: there is none.
+    """
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (word, f" {word}")]
+    found = {ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}
+    if not found:
+        raise UserError(f"--stop {word}: the minds' tokenizer has no token that is this word; leave it out.")
+    return found
