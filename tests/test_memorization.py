@@ -29,6 +29,7 @@ from reasoninterp.memorization.names import SOURCES
 from reasoninterp.memorization.records import from_record, to_record
 from reasoninterp.memorization.saliency import gradient_saliency, knockout_saliency
 from reasoninterp.memorization.settings import Settings
+from reasoninterp.memorization.shapley import shapley_saliency
 from reasoninterp.memorization.sources import Target, observe
 from reasoninterp.memorization.study import Memorization
 from reasoninterp.memorization.tables import called, changes_table, shares, sources_table, steps_summary, steps_table
@@ -438,6 +439,21 @@ def test_neither_batches_nor_a_broken_run_change_the_tables(
     assert result.reused == 6 and result.measured == 6
     for name in ("memorization", "memorization_tokens"):
         pd.testing.assert_frame_equal(result.tables[name], tables[name], rtol=1e-4, atol=1e-5)
+
+
+def test_salient_tokens_are_those_of_the_measure_asked_for(homes: dict[str, str], index: str) -> None:
+    context = context_of(homes)
+    encoded = context.encode(context.items[0].trace)
+    places = chain_places(encoded)[:2]
+    found = {}
+    with context.open("base") as body:
+        for measure in ("knockout", "gradient", "shapley"):
+            found[measure] = Memorization(index=index, saliency=measure)._saliency(context, places)  # type: ignore[arg-type]
+        absent = context.tokenizer.pad_token_id
+        (one, _) = [shapley_saliency(body, place, baseline=absent, seed=0) for place in places]
+    assert np.allclose(found["shapley"][0], one.values) and np.abs(one.values).max() > 1e-3
+    assert not np.allclose(found["shapley"][0][1:-1], found["knockout"][0][1:-1])
+    assert not np.allclose(found["gradient"][0][1:-1], found["knockout"][0][1:-1])
 
 
 def test_own_chains_are_each_mind_s(homes: dict[str, str], index: str, tmp_path: Path) -> None:

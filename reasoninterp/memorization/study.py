@@ -34,8 +34,9 @@ from reasoninterp.memorization.finding import finding_table
 from reasoninterp.memorization.judges import judge_named
 from reasoninterp.memorization.names import ANSWER, GIVEN, REMOVED, STEP
 from reasoninterp.memorization.records import from_record, to_record
-from reasoninterp.memorization.saliency import gradient_saliency, knockout_saliency
+from reasoninterp.memorization.saliency import Saliency, gradient_saliency, knockout_saliency
 from reasoninterp.memorization.settings import Settings
+from reasoninterp.memorization.shapley import shapley_saliency
 from reasoninterp.memorization.sources import Target, observe
 from reasoninterp.memorization.tables import changes_table, sources_table, steps_summary, steps_table, token_table
 from reasoninterp.memorization.verdicts import TokenSources, judged
@@ -65,10 +66,12 @@ class Memorization(Study):
     """Which tokens of a chain the corpus explains: local n-grams, the chain so far, or the question; base and tuned.
 
     Parameters:
-        index: directory of a corpus index (`reasoninterp corpus build`), or `web:NAME`.
+        index: directory of a corpus index (`reasoninterp corpus build`), or `web:NAME` of the infini-gram API (it is asked
+            only with `REASONINTERP_ONLINE=1`; it counts `--unit anchors --window 1000`).
         chains: `given`: all minds read the chains of the file; `own`: each writes its own.
         judge: who says which tokens are wrong: `arithmetic`, `organism`, or FILE.py:name; none by default.
-        saliency: of context tokens: attention `knockout`, or `gradient` × input (one backward pass a token).
+        saliency: of context tokens: attention `knockout`, `gradient` × input (one backward pass a token), or sampled
+            `shapley` values (LERG's, some hundred forward passes a token), in which padding stands for an absent token.
         k: alternatives of each token, itself besides.
         n_salient: salient tokens of the chain, and of the question.
         stop: words that are never salient (repeat the flag).
@@ -87,7 +90,7 @@ class Memorization(Study):
     index: str
     chains: Literal["given", "own"] = "given"
     judge: str = ""
-    saliency: Literal["knockout", "gradient"] = "knockout"
+    saliency: Literal["knockout", "gradient", "shapley"] = "knockout"
     k: int = K
     n_salient: int = 5
     stop: tuple[str, ...] = ()
@@ -141,11 +144,10 @@ class Memorization(Study):
         """One row a token: what was observed of it (`records`), its part, text and judgement, and the effects."""
         book, settings = self.book(context), self.settings(context)
         judge = judge_named(self.judge) if self.judge else None
-        saliency = knockout_saliency if self.saliency == "knockout" else gradient_saliency
         chains = self._written(context, batch)
         places = [place for one in chains for place in one.places]
         found = read_alternatives(context.body, places, k=self.k, max_rows=context.rows)
-        salient = saliency(context.body, places, max_rows=context.rows)
+        salient = self._saliency(context, places)
         whose = [one for one in chains for _ in one.places]
         targets = []
         for one, place, alternatives, values in zip(whose, places, found, salient, strict=True):
@@ -177,6 +179,19 @@ class Memorization(Study):
                 **to_record(seen, settings.max_suffix),
                 **moved,
             )
+
+    def _saliency(self, context: Context, places: Sequence[Place]) -> list[Saliency]:
+        """Of each place's context, by the measure that was asked for."""
+        body, rows = context.body, context.rows
+        if self.saliency == "gradient":
+            return gradient_saliency(body, places, max_rows=rows)
+        if self.saliency == "knockout":
+            return knockout_saliency(body, places, max_rows=rows)
+        tokenizer = context.tokenizer
+        absent = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        return [
+            shapley_saliency(body, place, baseline=absent, seed=context.seed, max_rows=rows).values for place in places
+        ]
 
     def _written(self, context: Context, batch: Batch) -> list[Written]:
         """The chains of a batch that have a step; the answer is read where there is one."""
