@@ -378,19 +378,26 @@ def study_command(cls: Any) -> click.Command:
             click.echo(f"{name}\n{table.head(20).to_string(index=False)}")
         click.echo(f"{result.measured} cells measured, {result.reused} taken from the run; tables and figures in {out}")
 
-    command = click.command(cls.name, help=cls.__doc__)(run_one)
+    about, said = cls.explain()
+    command = click.command(cls.name, help=about)(run_one)
     hints = typing.get_type_hints(cls)
     taken = {name for parameter in command.params for name in parameter.opts}
     for name in names:
         if f"--{name.replace('_', '-')}" in taken:
             raise UserError(f"study {cls.name}: its parameter {name!r} is also an option of every study; rename it.")
     for field in dataclasses.fields(cls):
-        command.params.append(flag(field, hints[field.name]))
+        command.params.append(flag(field, hints[field.name], said.get(field.name)))
     return command
 
 
-def flag(field: Any, hint: Any) -> click.Option:
-    """A study's parameter as a command-line option."""
+def flag(field: Any, hint: Any, said: str | None = None) -> click.Option:
+    """A study's parameter as a command-line option.
+
+    Args:
+        field: of the study's dataclass.
+        hint: its type.
+        said: what the study's docstring says of it.
+    """
     if isinstance(hint, types.UnionType):
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -399,6 +406,7 @@ def flag(field: Any, hint: Any) -> click.Option:
     )
     name = f"--{field.name.replace('_', '-')}"
     common: dict[str, Any] = {"default": default, "required": required, "show_default": True}
+    common["help"] = said and said[0].upper() + said[1:]
     if hint is bool:
         return click.Option([f"{name}/--no-{name[2:]}", f"study_{field.name}"], **common)
     if typing.get_origin(hint) is typing.Literal:

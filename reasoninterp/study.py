@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Tables: TypeAlias = pd.DataFrame | Mapping[str, pd.DataFrame]
+PARAMETER_INDENT = 4  # of `name: text` in a docstring's `Parameters:`
 REGISTRY: dict[str, type[Study]] = {}
 
 
@@ -151,6 +152,20 @@ class Study:
     def describe(cls) -> str:
         """The first line of the docstring."""
         return (inspect.getdoc(cls) or "").split("\n")[0]
+
+    @classmethod
+    def explain(cls) -> tuple[str, dict[str, str]]:
+        """The docstring without its part `Parameters:`, and what that says of each parameter (`name: text`, indented)."""
+        about, _, listed = (inspect.getdoc(cls) or "").partition("\nParameters:\n")
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        said: dict[str, str] = {}
+        for line in listed.split("\n"):
+            name, found, text = line.strip().partition(":")
+            if found and name in known and len(line) - len(line.lstrip()) == PARAMETER_INDENT:
+                said[name] = text.strip()
+            elif said and line.strip():
+                said[list(said)[-1]] += f" {line.strip()}"
+        return about.strip(), said
 
 
 def load_module(path: str | Path) -> Any:

@@ -276,6 +276,14 @@ def test_studies_are_listed_and_their_parameters_are_flags(capsys: pytest.Captur
     assert "--max-nodes" in capsys.readouterr().out
 
 
+def test_a_flag_says_what_the_study_says_of_its_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "memorization", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--n-null INTEGER Null contexts for each token and source. [default: 199]" in said
+    assert "in which padding stands for an absent token." in said and "Parameters:" not in said  # a second line
+    assert said.count("Null contexts for each token") == 1
+
+
 def test_sampled_chains_can_be_compared(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A random model rarely writes an answer; either chains come out and can be read back, or it says so."""
     arguments = [
