@@ -48,7 +48,7 @@ QUICK = ("severed", "memorised")
 OWN = "own"
 FEW = 10
 TRACES, QUICK_TRACES = 128, 24
-N_NULL, QUICK_NULL = 199, 49
+N_NULL, QUICK_NULL = 999, 99
 IN = "in distribution"
 OTHERS = {"lastop-cue-random": "random cue", "lastop-base": "base's problems"}
 PARTS = {"step": "tokens of steps", "answer": "answers"}
@@ -170,10 +170,11 @@ def summary(runs: list[Run]) -> list[str]:
     for one in runs:
         table = one.table("memorization").query("wrong == 'all'")
         if not one.path.name.endswith(f"-{OWN}"):
-            there = table[table["measure"] == "present"]
-            most = number(100 * there["value"].max()) if len(there) else "–"
+            calls = table[(table["measure"] == "present") & (table["n"] >= FEW)]["value"]
+            reached = table[(table["measure"] == "reached") & (table["n"] >= FEW)]["value"]
             lines.append(
-                f"{one.path.name}: of no source are more than {most} % of tokens called (false discovery rate 5 %)"
+                f"{one.path.name}: by source, mind and distribution, {100 * calls.min():.0f} to {100 * calls.max():.0f} % of tokens "
+                f"are called (false discovery rate 5 %), {100 * reached.min():.0f} to {100 * reached.max():.0f} % have p ≤ 0.05"
             )
             lines += changes(
                 one.table("memorization_changes").query("measure == 'excess' and p_corrected <= 0.05"), table

@@ -278,12 +278,13 @@ def test_shares_sum_to_one_and_ties_are_split() -> None:
     tokens = _tokens(rows)
     assert called(tokens).tolist() == ["local", "local+long", "none", "undefined"]
     assert shares(tokens, "local").tolist() == [1, 0.5, 0, 0] and shares(tokens, "long").tolist() == [0, 0.5, 0, 0]
-    table = sources_table(tokens, seed=0).set_index(["measure", "source"])
+    table = sources_table(tokens, 0.05, seed=0).set_index(["measure", "source"])
     dominant = table.loc["dominant"]
     assert dominant["value"].sum() == pytest.approx(1) and dominant.loc["local", "value"] == pytest.approx(1.5 / 4)
     assert table.loc[("present", "local"), ["value", "n_tokens"]].tolist() == [1, 2]
     assert table.loc[("excess", "local"), "value"] == pytest.approx(0.5)
     assert ("partial", "mid") not in table.index
+    assert table.loc[("reached", "local"), "value"] == 1 and table.loc[("reached", "mid"), "value"] == 0
 
 
 def test_changes_are_paired_over_traces() -> None:
@@ -294,7 +295,7 @@ def test_changes_are_paired_over_traces() -> None:
                 {"trace": trace, "mind": mind, "local_p": 0.5, "local_partial": partial + by} for by in (-0.1, 0.1)
             ]
     rows.append({"trace": "only in base", "mind": "base", "local_p": 0.5, "local_partial": 0.9})
-    table = changes_table(_tokens(rows), ("base", "tuned"), seed=0).set_index(["measure", "source"])
+    table = changes_table(_tokens(rows), ("base", "tuned"), 0.05, seed=0).set_index(["measure", "source"])
     found = table.loc[("partial", "local")]
     assert found["value"] == pytest.approx((0.3 + 0.1 + 0.6) / 3) and found["n"] == 3
     assert found["ci_low"] < found["value"] < found["ci_high"]
@@ -468,6 +469,17 @@ def test_own_chains_are_each_mind_s(homes: dict[str, str], index: str, tmp_path:
     assert "".join(mine["text"]).strip() == "\n".join(sampled.steps).strip() != "\n".join(items()[0].trace.steps)
 
 
+def test_only_judged_tokens_are_read_where_that_is_asked(homes: dict[str, str], index: str, tmp_path: Path) -> None:
+    study = Memorization(
+        index=index, judge="arithmetic", tokens="judged", n_null=9, k=5, saliency="gradient", causal=False
+    )
+    with closing(Run.open(tmp_path / "judged", {})) as run:
+        tokens = run_study(study, context_of(homes), run, quiet=True).tables["memorization_tokens"]
+    assert tokens["wrong"].notna().all() and set(tokens["part"]) == {"step"}
+    (one,) = tokens[(tokens["mind"] == "base") & (tokens["trace"] == "t3")]["text"]
+    assert one.strip() == "7"  # of `3 + 4 = 7`, the result
+
+
 def test_what_was_observed_survives_as_a_record(bodies: dict[str, Body]) -> None:
     rng = np.random.default_rng(0)
     documents = rng.integers(0, 300, (60, 60)).tolist()
@@ -508,6 +520,7 @@ def test_what_a_user_can_get_wrong(homes: dict[str, str], index: str, tmp_path: 
         ({"window": 5}, "give the unit pairs or anchors"),
         ({"stop": ("unheard of",)}, "no token that is this word"),
         ({"n_null": 0}, "n_null: 0; give at least 1"),
+        ({"tokens": "judged"}, "give a --judge"),
     ):
         with pytest.raises(UserError, match=match):
             list(Memorization(index=index, **wrong).cells(context))  # type: ignore[arg-type]

@@ -53,13 +53,14 @@ FAMILY = ("mind", "shift", "part")
 
 
 class Written(NamedTuple):
-    """A chain that is read: whose it is, its tokens, and the places in it."""
+    """A chain that is read: whose it is, its tokens, the places in it, and which tokens of the row are wrong."""
 
     cell: Cell
     writer: str
     tokens: TokenTrace
     chars: list[Span]
     places: list[Place]
+    wrong: list[bool | None]
 
 
 class Memorization(Study):
@@ -79,7 +80,10 @@ class Memorization(Study):
         window: tokens within which `pairs` and `anchors` occur together; 0: the whole document.
         max_suffix: longest local window, in tokens.
         min_count: how often the token must follow the local window.
-        n_null: null contexts for each token and source.
+        n_null: null contexts for each token and source; where a share r of the tokens has a source, it takes at least
+            1 / (level × r) of them, and as many other tokens, to find one.
+        tokens: `all` of the steps and the answer, or those that the judge `judged`: the fewer that have nothing to be
+            found take part, the more is found in the others.
         level: a source is present where q is at most this.
         correct: control the false discovery rate at `level`; otherwise p itself is compared with it.
         shift: key of a trace's `meta` that names its distribution; results are split by it.
@@ -98,7 +102,8 @@ class Memorization(Study):
     window: int = 0
     max_suffix: int = 64
     min_count: int = 1
-    n_null: int = 199
+    n_null: int = 999
+    tokens: Literal["all", "judged"] = "all"
     level: float = 0.05
     correct: bool = True
     shift: str = "shift"
@@ -135,6 +140,8 @@ class Memorization(Study):
         corpus = self.book(context).corpus
         if self.judge:
             judge_named(self.judge)
+        elif self.tokens == "judged":
+            raise UserError("--tokens judged: nobody judges; give a --judge.")
         for mind in context.minds.names:
             for item in context.items[: self.max_traces]:
                 cell = context.cell(mind, item)
@@ -143,7 +150,6 @@ class Memorization(Study):
     def measure(self, context: Context, batch: Batch) -> Iterator[Row]:
         """One row a token: what was observed of it (`records`), its part, text and judgement, and the effects."""
         book, settings = self.book(context), self.settings(context)
-        judge = judge_named(self.judge) if self.judge else None
         chains = self._written(context, batch)
         places = [place for one in chains for place in one.places]
         found = read_alternatives(context.body, places, k=self.k, max_rows=context.rows)
@@ -156,10 +162,6 @@ class Memorization(Study):
             targets.append(Target(trace, place.context, alternatives, question, chain, values))
         observed = observe(book, targets)
         effects = self._effects(context, whose, places, targets, [len(o.scores["local"].tokens) for o in observed])
-        wrong: dict[int, list[bool | None]] = {}
-        for one in chains:
-            pieces = judge(one.tokens.trace) if judge else ()
-            wrong[id(one)] = wrong_tokens(pieces, one.chars)
         for one, place, seen, effect in zip(whose, places, observed, effects, strict=True):
             trace = one.tokens.trace
             step = next((i for i, s in enumerate(one.tokens.steps) if s.start <= place.position < s.stop), None)
@@ -175,7 +177,7 @@ class Memorization(Study):
                 step=len(trace.steps) if step is None else step,
                 position=place.position,
                 text=trace.text[chars.start : chars.stop],
-                wrong=wrong[id(one)][place.position],
+                wrong=one.wrong[place.position],
                 **to_record(seen, settings.max_suffix),
                 **moved,
             )
@@ -204,14 +206,19 @@ class Memorization(Study):
                 # Steps are read also where no answer came; the trace's own stands there, and is not read.
                 answer = one.trace.answer if answered else cell.item.trace.answer
                 traces.append((cell, replace(cell.item.trace, steps=one.steps, answer=answer), answered))
+        judge = judge_named(self.judge) if self.judge else None
         out = []
         for cell, trace, answered in traces:
             if trace.steps:
                 tokens = context.encode(trace)
+                chars = token_chars(tokens, context.tokenizer)
+                wrong = wrong_tokens(judge(trace) if judge else (), chars)
                 places = chain_places(tokens)
                 places += [Place(tokens.ids, position) for position in range(*tokens.answer) if answered]
+                if self.tokens == "judged":
+                    places = [place for place in places if wrong[place.position] is not None]
                 writer = GIVEN if self.chains == "given" else str(cell.labels["mind"])
-                out.append(Written(cell, writer, tokens, token_chars(tokens, context.tokenizer), places))
+                out.append(Written(cell, writer, tokens, chars, places, wrong))
         return out
 
     def _effects(
@@ -240,12 +247,12 @@ class Memorization(Study):
         `_causes`, `_agreement`, `_tokens`, one row a token, and `_questions`, one row a trace.
         """
         if rows.empty:
-            raise UserError("memorization: no trace has a step to read.")
+            raise UserError("memorization: no trace has a step to read, or none that the judge says anything of.")
         tokens = token_table(rows, self.decide(rows, context), context.tokenizer)
         seed = context.seed
         tables = {
-            "memorization": sources_table(tokens, seed),
-            "memorization_changes": changes_table(tokens, context.minds.names, seed),
+            "memorization": sources_table(tokens, self.level, seed),
+            "memorization_changes": changes_table(tokens, context.minds.names, self.level, seed),
             "memorization_steps": steps_table(tokens),
             "memorization_by_step": steps_summary(tokens, seed),
             "memorization_finding": finding_table(tokens, seed),

@@ -3,6 +3,7 @@
 1. *Shares* (`sources_table`).  `dominant`: of all tokens, those of which a source is the dominant one (a tie of two counts
    half for each); beside the three sources `none` (at least one is defined, none is present) and `undefined` (no source
    is), so that the five sum to 1.  `present`: tokens in which the source is present, of those in which it was tested.
+   `reached`: those with p at most `level`, not corrected: `level` itself where the source says nothing of any token.
    `partial`: mean rank correlation given unigram counts, of those in which it is defined.  `excess`: the same less its mean
    over the token's null contexts, 0 on average where the source says nothing: what a mind takes from a source in sum,
    also where no single token can be told from chance.  `stim`: the share that STIM's
@@ -78,12 +79,13 @@ def is_present(tokens: pd.DataFrame, source: str) -> pd.Series:
     return tokens[f"{source}_present"].astype(float).where(tokens[f"{source}_p"].notna())
 
 
-def values(tokens: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series]]:
+def values(tokens: pd.DataFrame, level: float) -> Iterator[tuple[str, str, pd.Series]]:
     """(measure, source, one value a token) of everything that is summarised."""
     for source in CALLED:
         yield "dominant", source, shares(tokens, source)
     for source in SOURCES:
         yield "present", source, is_present(tokens, source)
+        yield "reached", source, (tokens[f"{source}_p"] <= level).astype(float).where(tokens[f"{source}_p"].notna())
         yield "partial", source, tokens[f"{source}_partial"].astype(float)
         yield "excess", source, tokens[f"{source}_partial"].astype(float) - tokens[f"{source}_null_mean"].astype(float)
         yield "stim", source, (tokens["stim"] == source).astype(float)
@@ -99,12 +101,12 @@ def by_judgement(tokens: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             yield name, some
 
 
-def sources_table(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
+def sources_table(tokens: pd.DataFrame, level: float, seed: int) -> pd.DataFrame:
     """`memorization`: mind, shift, part, wrong, measure, source, value, ci_low, ci_high, n (traces), method, n_tokens."""
     by = ["mind", "shift", "part"]
     parts = []
     for judgement, some in by_judgement(tokens):
-        for measure, source, value in values(some):
+        for measure, source, value in values(some, level):
             frame = some[[*by, "trace"]].assign(value=value)
             found = estimate(frame, by=by, value="value", kind="mean", seed=seed)
             found = found.merge(frame.groupby(by)["value"].count().rename("n_tokens").reset_index(), on=by)
@@ -116,12 +118,12 @@ def sources_table(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
     return table[table["n"] > 0].reset_index(drop=True)
 
 
-def changes_table(tokens: pd.DataFrame, minds: Sequence[str], seed: int) -> pd.DataFrame:
+def changes_table(tokens: pd.DataFrame, minds: Sequence[str], level: float, seed: int) -> pd.DataFrame:
     """`memorization_changes`: mind (less the first), shift, part, measure, source, value, ci_low, ci_high, n, …, p_corrected."""
     first, *others = minds
     by = ["mind", "shift", "part", "measure", "source"]
     parts = []
-    for measure, source, value in values(tokens):
+    for measure, source, value in values(tokens, level):
         frame = tokens[["mind", "trace", "shift", "part"]].assign(value=value)
         wide = frame.groupby(["trace", "shift", "part", "mind"])["value"].mean().unstack("mind")
         for mind in others:
