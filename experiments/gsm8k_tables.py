@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from gsm8k_steps import LABELS
 
-from reasoninterp.stats import Estimate, corrected, estimate, ratio, sign_flip_pvalues
+from reasoninterp.stats import Estimate, auroc, corrected, estimate, placements, ratio, sign_flip_pvalues
 
 ALL = "all models"
 Units: TypeAlias = dict[str, pd.DataFrame]
@@ -112,28 +112,6 @@ def aurocs(units: Units) -> pd.DataFrame:
                 if model == ALL:
                     out.append(base | {"pairs": SAME} | auroc_within(x, wrong, who)._asdict())
     return pd.DataFrame(out)
-
-
-def auroc(x: np.ndarray, wrong: np.ndarray, cluster: np.ndarray) -> Estimate:
-    """AUROC with the interval of Obuchowski for rows that come in clusters; NaN without a side."""
-    n, m = int(wrong.sum()), int((~wrong).sum())
-    names, at = np.unique(cluster, return_inverse=True)
-    if not n or not m:
-        return Estimate(np.nan, np.nan, np.nan, len(names), "obuchowski")
-    right_below, wrong_below = placements(x[wrong], x[~wrong]), placements(x[~wrong], x[wrong])
-    value = right_below.mean()
-    # Each row's part in the estimate, summed over its cluster, is what varies from one draw of clusters to the next.
-    part = np.empty(len(x))
-    part[wrong], part[~wrong] = (right_below - value) / n, (1 - wrong_below - value) / m
-    k = len(names)
-    spread = 1.96 * np.sqrt((np.bincount(at, part) ** 2).sum() * k / (k - 1)) if k > 1 else np.nan
-    return Estimate(value, max(0.0, value - spread), min(1.0, value + spread), k, "obuchowski")
-
-
-def placements(x: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Share of the others below each value, a tie counting half."""
-    ranked = np.sort(others)
-    return (np.searchsorted(ranked, x) + np.searchsorted(ranked, x, side="right")) / (2 * len(ranked))
 
 
 def auroc_within(x: np.ndarray, wrong: np.ndarray, cluster: np.ndarray) -> Estimate:

@@ -4,8 +4,8 @@ For each pair an index is built of all rows that base and tuned organism were tr
 the distribution of tuning and out of it, and the study `memorization` asks of every token whether the last tokens, the
 chain so far or the question explain it.  `excess` is a source's mean rank correlation, unigram counts partialled out,
 less its mean over the null contexts: 0 where the source says no more than any other context would.  A second run of each
-pair (`NAME-own`) reads each mind's own chains, whose wrong steps are known exactly: do the sources find them?  Each run
-stands under `--out` with its report; figures are in `figures` there, and in `notebooks/memorization.ipynb`.
+pair (`NAME-own`) reads each mind's own chains, whose wrong steps are known exactly: do the sources find them?  And on the
+organism with planted sources (`sourced`): do interventions agree with what the counts call a word?  Each run stands under `--out` with its report; figures are in `figures` there, and in `notebooks/memorization.ipynb`.
 
     python experiments/memorization.py --out runs/memorization --seed 0
 """
@@ -28,13 +28,16 @@ from reasoninterp.compare import open_run
 from reasoninterp.demo import pairs_of, spec_for
 from reasoninterp.figures import MUTED, colours, errors, figure, housed, label_rows, mind_order, number
 from reasoninterp.memorization.corpus.build import build_index
-from reasoninterp.memorization.corpus.tokenizer import tokenizer_identity
-from reasoninterp.memorization.drawing import draw_finding
+from reasoninterp.memorization.corpus.tokenizer import load_tokenizer, tokenizer_identity
+from reasoninterp.memorization.drawing import draw_causes, draw_finding
 from reasoninterp.memorization.names import GIVEN, NAMES, SOURCES
 from reasoninterp.memorization.study import Memorization
+from reasoninterp.models.context import ContextSpec
 from reasoninterp.organisms import RECIPES, make, word_tokenizer
 from reasoninterp.organisms.corpus import training_documents
 from reasoninterp.organisms.making import read_record
+from reasoninterp.organisms.sourced import make_sourced
+from reasoninterp.organisms.sourced_world import PAD, REACH, SLOTS, STRUCTURE, UNK
 from reasoninterp.report import render
 from reasoninterp.running import run_study
 from reasoninterp.runs import Run
@@ -45,8 +48,9 @@ if TYPE_CHECKING:
 
 PAIRS = ("severed", "memorised", "benign")
 QUICK = ("severed", "memorised")
-OWN = "own"
+OWN, PLANTED = "own", "sourced"
 FEW = 10
+PLANTED_TRACES = 400
 TRACES, QUICK_TRACES = 128, 24
 N_NULL, QUICK_NULL = 999, 99
 IN = "in distribution"
@@ -114,9 +118,32 @@ def run(
     return runs
 
 
+def run_planted(
+    out: Path, *, seed: int = 0, limit: int = PLANTED_TRACES, n_null: int = N_NULL, quiet: bool = False
+) -> Run:
+    """Make the organism with planted sources, index its documents, and run the study on the words that it wrote itself."""
+    organism = make_sourced(seed)
+    tokenizer = load_tokenizer(organism.model)
+    index = out / "organisms" / "corpora" / f"{PLANTED}-{organism.path.name[:12]}"
+    if not index.is_dir():
+        index.parent.mkdir(parents=True, exist_ok=True)
+        identity = tokenizer_identity(tokenizer)
+        build_index(organism.documents(), index, vocab_size=len(tokenizer), tokenizer=identity).close()
+    spec = ContextSpec(minds={PLANTED: str(organism.model)}, traces=str(organism.written), seed=seed, limit=limit)
+    context = spec.load(progress=not quiet)
+    study = Memorization(
+        index=str(index), judge="planted", tokens="judged", n_null=n_null, max_traces=limit,
+        n_salient=1, max_suffix=REACH, min_count=5, stop=(*SLOTS.values(), *(mark for mark in STRUCTURE if mark not in (PAD, UNK))),
+    )  # fmt: skip
+    with contextlib.closing(open_run(context, spec, out / PLANTED, study.parameters())) as one:
+        run_study(study, context, one, quiet=quiet)
+        render(one)
+    return one
+
+
 def given(runs: list[Run]) -> Iterator[Run]:
     """The runs on given chains, one a pair."""
-    return (one for one in runs if not one.path.name.endswith(f"-{OWN}"))
+    return (one for one in runs if not one.path.name.endswith(f"-{OWN}") and one.path.name != PLANTED)
 
 
 @housed
@@ -155,12 +182,15 @@ def draw_excess(runs: list[Run]) -> Figure:
 
 
 def draw(runs: list[Run]) -> dict[str, Figure]:
-    """`sources`: the excess of each source; `finding NAME`: precision at k for the wrong steps of own chains."""
+    """`sources`: the excess of each source; `finding NAME`: precision at k for the wrong steps of own chains;
+    `causes`: what taking parts of the context out does to words of each planted source."""
     out = {"sources": draw_excess(runs)}
     for one in runs:
         if one.path.name.endswith(f"-{OWN}") and one.has_table("memorization_finding"):
             found = one.table("memorization_finding")
             out[f"finding {one.path.name}"] = draw_finding(found[found["shift"] == IN])
+        elif one.path.name == PLANTED:
+            out["causes"] = draw_causes(one.table("memorization_causes"))
     return out
 
 
@@ -169,7 +199,9 @@ def summary(runs: list[Run]) -> list[str]:
     lines = []
     for one in runs:
         table = one.table("memorization").query("wrong == 'all'")
-        if not one.path.name.endswith(f"-{OWN}"):
+        if one.path.name == PLANTED:
+            lines += agreement(one.table("memorization_agreement"), one.table("memorization_causes"))
+        elif not one.path.name.endswith(f"-{OWN}"):
             calls = table[(table["measure"] == "present") & (table["n"] >= FEW)]["value"]
             reached = table[(table["measure"] == "reached") & (table["n"] >= FEW)]["value"]
             lines.append(
@@ -187,6 +219,18 @@ def summary(runs: list[Run]) -> list[str]:
                     f"{one.path.name}: {mind}'s wrong steps by the first token (n = {some['n'].max()}): {said}"
                 )
     return lines
+
+
+def agreement(table: pd.DataFrame, causes: pd.DataFrame) -> list[str]:
+    """A line for each source: what taking parts out does to the words called by it, and whether that tells them apart."""
+    some = table[table["part"] == "step"].set_index("called")
+    moved = causes[(causes["part"] == "step") & (causes["measure"] == "kl")].set_index(["called", "removed"])["value"]
+    return [
+        f"{PLANTED}: {row.n_tokens} words called {NAMES[source]}; taken out, the window moves them {number(moved[source, 'local'])} "
+        f"bits, the chain {number(moved[source, 'mid'])}, the question {number(moved[source, 'long'])}; AUROC of that part's "
+        f"share against other words {number(row.value)} {ends(row)}"
+        for source, row in ((s, some.loc[s]) for s in SOURCES if s in some.index)
+    ]
 
 
 def changes(found: pd.DataFrame, table: pd.DataFrame) -> list[str]:
@@ -223,6 +267,8 @@ if __name__ == "__main__":
     contexts = QUICK_NULL if asked.quick else N_NULL
     how = {"only": wanted, "limit": few, "n_null": contexts, "max_suffix": asked.max_suffix, "quiet": asked.quiet}
     made = run(asked.out, seed=asked.seed, **how)
+    if not asked.quick and not asked.only:
+        made.append(run_planted(asked.out, seed=asked.seed, n_null=contexts, quiet=asked.quiet))
     (asked.out / "figures").mkdir(exist_ok=True)
     for name, drawn in draw(made).items():
         drawn.savefig(asked.out / "figures" / f"{name.replace(' ', '-')}.png", dpi=144)

@@ -233,6 +233,36 @@ def matrix_intervals(values: NDArray[np.float64], *, seed: int = 0) -> tuple[NDA
     return low, high
 
 
+def auroc(x: NDArray[np.float64], positive: NDArray[np.bool_], cluster: NDArray[Any]) -> Estimate:
+    """Chance that a positive row has the larger value, a tie counting half, of rows that come in clusters.
+
+    The interval is Obuchowski's for clustered data (1997, Biometrics 53:567); NaN without one of the two sides.
+
+    Args:
+        x: values.
+        positive: which rows are to be found.
+        cluster: of each row (its trace, its question): what is resampled.
+    """
+    n, m = int(positive.sum()), int((~positive).sum())
+    names, at = np.unique(cluster, return_inverse=True)
+    if not n or not m:
+        return Estimate(np.nan, np.nan, np.nan, len(names), "obuchowski")
+    below, above = placements(x[positive], x[~positive]), placements(x[~positive], x[positive])
+    value = float(below.mean())
+    # Each row's part in the estimate, summed over its cluster, is what varies from one draw of clusters to the next.
+    part = np.empty(len(x))
+    part[positive], part[~positive] = (below - value) / n, (1 - above - value) / m
+    k = len(names)
+    spread = 1.96 * float(np.sqrt((np.bincount(at, part) ** 2).sum() * k / (k - 1))) if k > 1 else np.nan
+    return Estimate(value, max(0.0, value - spread), min(1.0, value + spread), k, "obuchowski")
+
+
+def placements(x: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of the others below each value, a tie counting half."""
+    ranked = np.sort(others)
+    return (np.searchsorted(ranked, x) + np.searchsorted(ranked, x, side="right")) / (2 * len(ranked))
+
+
 # ---------------------------------------------------------------------------------------------- tests and corrections
 
 EXACT_MAX_N = 14  # up to here, all sign patterns are fewer than the draws

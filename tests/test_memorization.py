@@ -38,6 +38,7 @@ from reasoninterp.models.body import Body
 from reasoninterp.models.context import Context, Item
 from reasoninterp.models.minds import Minds
 from reasoninterp.organisms.judge import judge as organism_judge
+from reasoninterp.organisms.judge import planted
 from reasoninterp.organisms.tasks import BASE_DOMAIN, problems
 from reasoninterp.organisms.tasks import FORMAT as WORDS_FORMAT
 from reasoninterp.running import run_study
@@ -189,6 +190,16 @@ def test_the_organisms_judge_by_hand() -> None:
         organism_judge(Trace("t", "how many?", ("1",), "1", FORMAT))
 
 
+def test_planted_words_are_found_by_their_place() -> None:
+    form = Format("<bos> ", " : ", " . ", " = ", " <eos>")
+    planted_at = {"8": "local", "11": "long", "13": "copy"}
+    trace = Trace("t", "f0 c1", ("so c2", "o3 w4", "ask w5"), "w4", form, {"planted": planted_at})
+    assert [trace.text[c.start : c.stop] for c, _ in planted(trace)] == ["w4", "w5", "w4"]
+    assert not any(wrong for _, wrong in planted(trace))
+    with pytest.raises(UserError, match="nothing planted"):
+        planted(Trace("t", "q", ("1",), "1", FORMAT))
+
+
 @pytest.mark.parametrize("task", ["lastop", "largest"])
 def test_the_organisms_own_chains_are_right_and_swapped_ones_are_not(task: Any) -> None:
     p = problems(task, BASE_DOMAIN, 40, np.random.default_rng(1), "test")
@@ -204,7 +215,10 @@ def test_judges_by_name(tmp_path: Path) -> None:
     own = tmp_path / "mine.py"
     own.write_text("def every(trace):\n    return []\n")
     assert judge_named(f"{own}:every")(Trace("t", "", (), "", FORMAT)) == []
-    for wrong, match in (("nobody", "give one of arithmetic, organism"), (f"{own}:none", "no function 'none'")):
+    for wrong, match in (
+        ("nobody", "give one of arithmetic, organism, planted"),
+        (f"{own}:none", "no function 'none'"),
+    ):
         with pytest.raises(UserError, match=match):
             judge_named(wrong)
     with pytest.raises(UserError, match=r"absent\.py: not a Python file"):
@@ -318,17 +332,20 @@ def test_a_step_is_wrong_where_a_token_of_it_is() -> None:
     assert table["all", "undefined"] == pytest.approx(1 / 3)
 
 
-def test_agreement_against_what_any_call_would_reach() -> None:
-    # Three tokens of one trace that the window moves most, one that the question does; two are called.
-    rows = [{"trace": t, "kl_local": 3.0, "kl_mid": 0.5, "kl_long": 1.0, "local_p": 0.0} for t in "abc"]
-    rows[0]["dominant"] = "local"
-    rows.append({"trace": "d", "kl_local": 1.0, "kl_mid": 0.5, "kl_long": 2.0, "dominant": "long", "long_p": 0.0})
+def test_agreement_by_hand() -> None:
+    # Shares of the window: a .6, b .6, c .2 (called local: a, c); of the question: a .2, b .2, c .4 and d .8 (called long: d).
+    kls = {"a": (3.0, 1.0, 1.0), "b": (3.0, 1.0, 1.0), "c": (1.0, 2.0, 2.0), "d": (1.0, 0.0, 4.0)}
+    rows: list[dict[str, Any]] = [
+        {"trace": t, "kl_local": x, "kl_mid": y, "kl_long": z, "local_p": 0.0} for t, (x, y, z) in kls.items()
+    ]
+    rows[0]["dominant"] = rows[2]["dominant"] = "local"
+    rows[3]["dominant"] = "long"
     rows.append({"trace": "e", "kl_local": 9.0, "kl_long": 2.0, "dominant": "long", "long_p": 0.0})  # no chain: no part
-    table = agreement_table(_tokens(rows), seed=0).set_index(["called", "measure"])["value"]
-    assert table["local", "agrees"] == 1 and table["local", "expected"] == 3 / 4 and table["local", "excess"] == 1 / 4
-    assert table["long", "agrees"] == 1 and table["long", "expected"] == 1 / 4
+    table = agreement_table(_tokens(rows)).set_index("called")["value"]
+    # local: a against b (tie) and d (wins), c against b (loses) and d (tie); long: d against all three (wins).
+    assert table["local"] == pytest.approx((0.5 + 1 + 0 + 0.5) / 4) and table["long"] == 1
     causes = causes_table(_tokens(rows), seed=0).set_index(["called", "removed", "measure"])
-    assert causes.loc[("long", "long", "kl"), "value"] == 2 and causes.loc[("long", "mid", "kl"), "n_tokens"] == 1
+    assert causes.loc[("long", "long", "kl"), "value"] == 3 and causes.loc[("long", "mid", "kl"), "n_tokens"] == 1
     assert causes_table(_tokens([{}]), seed=0).empty
 
 

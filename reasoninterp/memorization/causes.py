@@ -3,23 +3,19 @@
 1. `causes_table`: of tokens called local, mid-range, long-range or none of them by the counts, the mean effect of taking
    the local window, the chain before it, the question, or as many random tokens as the window has out of the context
    (`ablation`): `kl` and `drop`, in bits.
-2. `agreement_table`: of tokens called one source alone and with all three parts there, the share in which taking *that*
-   part out moves the prediction most (`kl`).  Beside it what the same calls would reach on other tokens of the same mind
-   and part (`expected`: the share of all those tokens in which that part moves most), and their difference (`excess`),
-   which is the agreement that is not due to one part moving everything.
-
-The window is what the prediction stands on, so taking it out moves nearly every token: read `excess`, and the other
-parts' effects, rather than the share alone.
+2. `agreement_table`: does the effect tell which tokens the counts call a source?  Of a token's effects, the share of its part,
+   `kl_s / (kl_local + kl_mid + kl_long)`, is compared between tokens called s alone and all others that are not called s
+   (of the same mind and part, with all three parts there): the chance that the former have the larger share (AUROC; .5 is no
+   agreement).  Shares, since the local window is what the prediction stands on: taking it out moves nearly every token.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from reasoninterp.memorization.names import REMOVED, SOURCES
 from reasoninterp.memorization.tables import called
-from reasoninterp.stats import estimate
+from reasoninterp.stats import auroc, estimate
 
 
 def causes_table(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -41,31 +37,21 @@ def causes_table(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
     return table[table["n"] > 0].reset_index(drop=True)
 
 
-def agreement_table(tokens: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """`memorization_agreement`: mind, part, called, measure (agrees, expected, excess), value, ci_low, ci_high, n (traces),
-    method, n_tokens."""
-    moved = tokens[[f"kl_{source}" for source in SOURCES]].to_numpy(dtype=float)
-    whole = ~np.isnan(moved).any(axis=1)
-    frame = tokens[whole].assign(called=called(tokens)[whole])
-    if frame.empty:
-        return pd.DataFrame()
-    most = np.array(SOURCES)[moved[whole].argmax(axis=1)]
-    by = ["mind", "part", "called"]
-    for source in SOURCES:
-        frame[f"most_{source}"] = (most == source).astype(float)
-    # Over all tokens of a mind and part, weighing traces alike as the estimates do.
-    rates = frame.groupby(["mind", "part", "trace"])[[f"most_{s}" for s in SOURCES]].mean()
-    rates = rates.groupby(["mind", "part"]).mean()
-    some = frame[frame["called"].isin(SOURCES)].copy()
-    if some.empty:
-        return pd.DataFrame()
-    some["agrees"] = [row[f"most_{row['called']}"] for row in some.to_dict("records")]
-    some["expected"] = [rates.loc[(r["mind"], r["part"]), f"most_{r['called']}"] for r in some.to_dict("records")]
-    some["excess"] = some["agrees"] - some["expected"]
-    parts = []
-    for measure in ("agrees", "expected", "excess"):
-        found = estimate(some, by=by, value=measure, kind="mean", seed=seed)
-        found = found.merge(some.groupby(by)[measure].count().rename("n_tokens").reset_index(), on=by)
-        found.insert(3, "measure", measure)
-        parts.append(found)
-    return pd.concat(parts, ignore_index=True)
+def agreement_table(tokens: pd.DataFrame) -> pd.DataFrame:
+    """`memorization_agreement`: mind, part, called, measure (`auroc`), value, ci_low, ci_high, n (traces), method, n_tokens
+    (called)."""
+    columns = [f"kl_{source}" for source in SOURCES]
+    frame = tokens[tokens[columns].notna().all(axis=1)]
+    frame = frame.assign(called=called(frame), total=frame[columns].sum(axis=1))
+    out = []
+    for (mind, part), some in frame[frame["total"] > 0].groupby(["mind", "part"], sort=False):
+        for source in SOURCES:
+            mine = (some["called"] == source).to_numpy()
+            compared = mine | ~some["called"].str.split("+").map(lambda names, s=source: s in names).to_numpy(bool)
+            if mine.any() and not mine[compared].all():
+                rows = some[compared]
+                share = (rows[f"kl_{source}"] / rows["total"]).to_numpy(float)
+                found = auroc(share, mine[compared], rows["trace"].to_numpy())
+                about = {"mind": mind, "part": part, "called": source, "measure": "auroc"}
+                out.append({**about, **found._asdict(), "n_tokens": int(mine.sum())})
+    return pd.DataFrame(out)

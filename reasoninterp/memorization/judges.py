@@ -2,6 +2,7 @@
 
 * `arithmetic`: the results of written calculations.
 * `organism`: the steps and the answer of the organisms' word-level tasks, known exactly.
+* `planted`: the words whose source is planted in an organism; none of them is wrong.
 * `FILE.py:name`: a function of your own, `Trace -> pieces Judged`, in a Python file: an annotator's or a process reward
   model's labels, say.
 """
@@ -16,7 +17,9 @@ from reasoninterp.traces.judging import Judge
 
 JUDGES = {
     "arithmetic": "reasoninterp.traces.judging:arithmetic",
-    "organism": "reasoninterp.organisms.judge:judge",  # a plug-in like a user's: this room does not know that one
+    # Plug-ins like a user's: this room does not know that one.
+    "organism": "reasoninterp.organisms.judge:judge",
+    "planted": "reasoninterp.organisms.judge:planted",
 }
 
 

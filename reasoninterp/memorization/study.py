@@ -257,7 +257,7 @@ class Memorization(Study):
             "memorization_by_step": steps_summary(tokens, seed),
             "memorization_finding": finding_table(tokens, seed),
             "memorization_causes": causes_table(tokens, seed),
-            "memorization_agreement": agreement_table(tokens, seed),
+            "memorization_agreement": agreement_table(tokens),
             "memorization_tokens": tokens,
             "memorization_questions": pd.DataFrame(
                 [{"trace": item.id, "question": item.trace.question} for item in context.items[: self.max_traces]]
