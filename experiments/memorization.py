@@ -133,7 +133,7 @@ def run_planted(
     context = spec.load(progress=not quiet)
     study = Memorization(
         index=str(index), judge="planted", tokens="judged", n_null=n_null, max_traces=limit,
-        n_salient=1, max_suffix=REACH, min_count=5, stop=(*SLOTS.values(), *(mark for mark in STRUCTURE if mark not in (PAD, UNK))),
+        n_salient=1, max_suffix=REACH, min_count=20, stop=(*SLOTS.values(), *(mark for mark in STRUCTURE if mark not in (PAD, UNK))),
     )  # fmt: skip
     with contextlib.closing(open_run(context, spec, out / PLANTED, study.parameters())) as one:
         run_study(study, context, one, quiet=quiet)

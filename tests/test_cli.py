@@ -279,9 +279,9 @@ def test_studies_are_listed_and_their_parameters_are_flags(capsys: pytest.Captur
 def test_a_flag_says_what_the_study_says_of_its_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", "memorization", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--n-null INTEGER Null contexts for each token and source. [default: 199]" in said
+    assert "--k INTEGER Alternatives of each token, itself besides. [default: 20]" in said
     assert "in which padding stands for an absent token." in said and "Parameters:" not in said  # a second line
-    assert said.count("Null contexts for each token") == 1
+    assert said.count("Alternatives of each token") == 1
 
 
 def test_sampled_chains_can_be_compared(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
