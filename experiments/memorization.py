@@ -5,7 +5,8 @@ the distribution of tuning and out of it, and the study `memorization` asks of e
 chain so far or the question explain it.  `excess` is a source's mean rank correlation, unigram counts partialled out,
 less its mean over the null contexts: 0 where the source says no more than any other context would.  A second run of each
 pair (`NAME-own`) reads each mind's own chains, whose wrong steps are known exactly: do the sources find them?  And on the
-organism with planted sources (`sourced`): do interventions agree with what the counts call a word?  Each run stands under `--out` with its report; figures are in `figures` there, and in `notebooks/memorization.ipynb`.
+organism with planted sources (`sourced`): do interventions agree with what the counts call a word?  Each run stands under `--out` with its
+report; figures are in `figures` there, and in `notebooks/memorization.ipynb`.
 
     python experiments/memorization.py --out runs/memorization --seed 0
 """
