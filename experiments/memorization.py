@@ -5,8 +5,8 @@ the distribution of tuning and out of it, and the study `memorization` asks of e
 chain so far or the question explain it.  `excess` is a source's mean rank correlation, unigram counts partialled out,
 less its mean over the null contexts: 0 where the source says no more than any other context would.  A second run of each
 pair (`NAME-own`) reads each mind's own chains, whose wrong steps are known exactly: do the sources find them?  And on the
-organism with planted sources (`sourced`): do interventions agree with what the counts call a word?  Each run stands under `--out` with its
-report; figures are in `figures` there, and in `notebooks/memorization.ipynb`.
+organism with planted sources (`sourced`): do interventions agree with what the counts call a word?  Each run stands under
+`--out` with its report; figures are in `figures` there, and in `notebooks/memorization.ipynb`.
 
     python experiments/memorization.py --out runs/memorization --seed 0
 """
@@ -27,7 +27,7 @@ import pandas as pd
 from reasoninterp.cli import set_threads
 from reasoninterp.compare import open_run
 from reasoninterp.demo import pairs_of, spec_for
-from reasoninterp.figures import MUTED, colours, errors, figure, housed, label_rows, mind_order, number
+from reasoninterp.figures import HAIR, MUTED, colours, errors, figure, housed, label_rows, mind_order, number
 from reasoninterp.memorization.corpus.build import build_index
 from reasoninterp.memorization.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from reasoninterp.memorization.drawing import draw_causes, draw_finding
@@ -169,7 +169,7 @@ def draw_excess(runs: list[Run]) -> Figure:
                 ax.plot(here["value"][few], np.array(at)[few], "o", ms=4, mfc="white", mec=colour, zorder=5)
             label_rows(ax, [f"{NAMES[source]}: {shift}" if part == "step" else "" for source, shift in names])
             for edge in range(len(shifts), len(names), len(shifts)):
-                ax.axhline(edge - 0.5, color="#e7eaee", lw=0.9)
+                ax.axhline(edge - 0.5, color=HAIR, lw=0.9)
             ax.axvline(0, color=MUTED, lw=0.9)
             ax.set_title(f"{one.path.name}, {PARTS[part]}")
     made.supxlabel(
